@@ -1,0 +1,325 @@
+"""The run file: one YAML, read into one frozen value that nothing writes to afterwards.
+
+In: a path and `section.key=value` overrides. Out: a `RunConfig`, or one ConfigError that lists every
+mistake with the nearest key. Never imports torch, and never reads data or models.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sft_dist.errors import ConfigError
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder or Hub id of the pre-trained model θ̂: config, safetensors, tokenizer."""
+    init_from: str | None = None
+    """Run folder whose newest checkpoint gives the initial weights (weights only, step starts at 0)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; auto: bfloat16 on GPU (fp32 master weights), float32 on CPU."""
+    attention: Literal["auto", "split", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto: split (one causal kernel per conversation) where the model allows it, else sdpa."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    allow_new_parameters: tuple[str, ...] = ()
+    """Name patterns (fnmatch) of parameters that may be absent in the pre-trained files and start at random."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Recorded in every checkpoint when on."""
+
+
+class DataConfig(Section):
+    train: Paths = ()
+    """Files or Hub ids of training conversations (.jsonl, .json, either also .gz; .parquet)."""
+    heldout: Paths = ()
+    """Files or Hub ids of held-out conversations, for evaluation and for choosing the best checkpoint."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template, or `chatml` for the one that ships."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens of a pack, and of the longest sample."""
+    overflow: Literal["drop", "error"] = "drop"
+    """What to do with samples longer than max_length: leave out, counted and listed; or stop."""
+    on_bad_record: Literal["error", "refuse"] = "error"
+    """What to do with records that cannot be converted: stop; or leave out, counted and listed."""
+    cache_dir: str = "prepared"
+    """Where prepared data sets live, one folder per content; safe to share between runs."""
+    num_processes: Annotated[int, Field(ge=0)] = 0
+    """Processes that tokenise; 0: one per available core. The result is the same for any number."""
+
+
+class ObjectiveConfig(Section):
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which tokens are targets: every assistant turn, the last one, or every token of the sample."""
+    normalise: Literal["token"] = "token"
+    """What the loss is divided by: token = target tokens of the whole global batch (maximum likelihood)."""
+
+
+class BatchConfig(Section):
+    global_packs: Annotated[int, Field(ge=1)] = 8
+    """Packs of max_length tokens in one optimizer step, over all ranks. Accumulation is derived."""
+    packs_per_micro_batch: Annotated[int, Field(ge=1)] = 1
+    """Packs that one rank processes in one forward pass."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate of AdamW."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's denominator term."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) never decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the global gradient norm to this; 0: no clipping."""
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warmup."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the training data."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """End (and plan the schedule) after this many optimizer steps, if epochs would give more."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    final_fraction: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak (cosine and linear)."""
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 100
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints to keep (the best one is kept beside them)."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest held-out NLL."""
+    resume: str = "auto"
+    """auto: newest valid checkpoint if any; must: fail without one; never: start anew; or a checkpoint folder."""
+    stop_at_step: Annotated[int, Field(ge=1)] | None = None
+    """Checkpoint and leave with code 75 after this step; the schedule is not changed by it."""
+    allow_changed: tuple[str, ...] = ()
+    """Keys that may differ from the resumed checkpoint's run file although they change the mathematics."""
+
+
+class EvaluateConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 100
+    """Steps between evaluations on data.heldout; 0: only before the first and after the last step."""
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    """Write TensorBoard event files to RUN_DIR/tensorboard."""
+
+
+class RunConfig(Section):
+    run_dir: str
+    """Folder of this run: checkpoints, metrics, logs, outcome."""
+    seed: int = 0
+    """Order of the data and dropout follow from this and from nothing else."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    deepspeed: str = "auto"
+    """DeepSpeed file: a path, or the name of one in ds_configs; auto: zero3 on GPU, cpu on CPU."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> "RunConfig":
+        if max(self.optimizer.betas) >= 1.0:
+            raise ValueError(f"optimizer.betas must be below 1, got {list(self.optimizer.betas)}")
+        return self
+
+
+# Keys people bring from other tools, and where that fact lives here.
+TRANSLATIONS = {
+    "per_device_train_batch_size": "batch.global_packs (the whole batch; accumulation is derived from it)",
+    "gradient_accumulation_steps": "batch.global_packs (the whole batch; accumulation is derived from it)",
+    "micro_batch_size": "batch.packs_per_micro_batch",
+    "num_train_epochs": "schedule.epochs",
+    "num_epochs": "schedule.epochs",
+    "lr_scheduler_type": "schedule.name",
+    "lr_scheduler": "schedule.name",
+    "warmup_ratio": "schedule.warmup_fraction",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "output_dir": "run_dir",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "eval_steps": "evaluate.every",
+    "bf16": "model.dtype: bfloat16",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "train_on_inputs": "objective.train_on: all",
+    "packing": "nothing: packing is always on",
+    "datasets": "data.train",
+    "dataset": "data.train",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply `section.key=value` overrides (values are YAML).
+
+    Raises ConfigError that lists every mistake at once.
+    """
+    run_file = Path(path)
+    tree = _read_yaml(run_file)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_describe(item) for item in error.errors()]
+        raise ConfigError(f"{run_file}: " + "\n".join([f"{len(lines)} mistake(s) in the run file"] + lines)) from None
+    return _resolve_paths(config, run_file.resolve().parent)
+
+
+def explain() -> Iterator[tuple[str, str, str]]:
+    """Yield (key, default, meaning) of every key of the run file, in the order of the schema."""
+    yield from _explain(RunConfig, "")
+
+
+def to_json(config: RunConfig) -> str:
+    return json.dumps(config.model_dump(mode="json"), indent=2)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_yaml(run_file: Path) -> dict[str, Any]:
+    try:
+        text = run_file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{run_file}: no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{run_file}: cannot be read: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{run_file}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{run_file}: expected sections such as `model:` and `data:`, found {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not a YAML value: {error}") from None
+    # YAML 1.1 reads 1e-5 (no dot) as text; people mean the number.
+    if isinstance(node[leaf], str):
+        try:
+            node[leaf] = float(node[leaf])
+        except ValueError:
+            pass
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _explain(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in section.model_fields.items():
+        child = _section_of(field.annotation)
+        if child is not None:
+            yield from _explain(child, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+        yield f"{prefix}{name}", default, field.description or ""
+
+
+def _describe(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"  {key}: unknown key; {_nearest(key)}"
+    if error["type"] == "missing":
+        return f"  {key}: required, but missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not key:
+        return f"  {message}"
+    return f"  {key}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+
+
+def _nearest(key: str) -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    known = [name for name, _, _ in explain()]
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    if leaf in TRANSLATIONS:
+        return f"here that is {TRANSLATIONS[leaf]}"
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    close = close or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
+    return f"did you mean {close[0]}?" if close else "`sft-dist config --explain` lists every key"
+
+
+def _resolve_paths(config: RunConfig, run_file_dir: Path) -> RunConfig:
+    """A path counts as given; where it does not exist, next to the run file; else it stays (a Hub id, say)."""
+
+    def resolve(value: str) -> str:
+        beside = run_file_dir / value
+        return os.path.relpath(beside) if not Path(value).exists() and beside.exists() else value
+
+    def resolve_optional(value: str | None) -> str | None:
+        return None if value is None else resolve(value)
+
+    model = config.model.model_copy(
+        update={"path": resolve(config.model.path), "init_from": resolve_optional(config.model.init_from)}
+    )
+    data = config.data.model_copy(
+        update={
+            "train": tuple(resolve(path) for path in config.data.train),
+            "heldout": tuple(resolve(path) for path in config.data.heldout),
+            "chat_template": resolve_optional(config.data.chat_template),
+        }
+    )
+    return config.model_copy(update={"model": model, "data": data, "deepspeed": resolve(config.deepspeed)})

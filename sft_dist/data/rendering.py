@@ -1,0 +1,359 @@
+"""Conversations to token sequences with a verified span for every message.
+
+The tokenizer's Jinja template (or the one given) is the only source of text. Boundaries come from renders of
+prefixes of the conversation, never from a search for the answer's text. Two rules give the tokens of inference:
+no token crosses the start of an output, and text that someone wrote never becomes a control token. What cannot be
+verified by decoding is refused by name.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft_dist.data.conversation import Conversation, RecordError
+from sft_dist.data.sample import Sample, Span
+from sft_dist.errors import ConfigError
+
+TEMPLATES_DIR = Path(__file__).parent / "templates"
+
+# Stand-ins for control-token text inside messages while the template runs: the private-use planes 15 and 16.
+_STAND_IN_BASES = (0xF0000, 0x100000)
+_STAND_INS_PER_BASE = 0xFFFE
+
+
+class Renderer:
+    """A tokenizer, a chat template, and what follows from them: which ids control, which texts look like control."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        added = tokenizer.added_tokens_decoder  # id -> AddedToken
+        self.control_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
+            tokenizer.all_special_ids
+        )
+        self.control_texts = tuple(sorted({added[i].content for i in self.control_ids if i in added}))
+        self.markup_texts = tuple(sorted({token.content for i, token in added.items() if i not in self.control_ids}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of tokenizer and template: what the token ids of a conversation depend on."""
+        text = self.tokenizer.backend_tokenizer.to_str() + "\0" + self.template
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def plain_backend(self) -> Any:
+        """The same tokenizer without added tokens, for text that only looks like a control token."""
+        from tokenizers import Tokenizer
+
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        spec["added_tokens"], spec["post_processor"] = [], None
+        return Tokenizer.from_str(json.dumps(spec))
+
+    @cached_property
+    def prefix_anchor(self) -> str | None:
+        """A control token to put before text in the middle, where the tokenizer would prepend a space to it."""
+        anchor = self.tokenizer.eos_token
+        alone = self._encode(["a"])[0].ids
+        return None if self._encode([anchor + "a"])[0].ids[1:] == alone else anchor
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        return list(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+
+    def apply(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        )
+
+
+def load_renderer(model_path: str, chat_template: str | None, *, trust_remote_code: bool) -> Renderer:
+    """Load the tokenizer of a model folder or Hub id. Raises ConfigError that names what is missing."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"model.path: {model_path}: no tokenizer can be loaded from there: {first_line}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.path: {model_path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"model.path: {model_path}: its tokenizer names no eos_token, so no answer could end")
+    return Renderer(tokenizer, _template_text(tokenizer, model_path, chat_template))
+
+
+def _template_text(tokenizer: Any, model_path: str, chat_template: str | None) -> str:
+    if chat_template is not None:
+        path = TEMPLATES_DIR / f"{chat_template}.jinja" if chat_template == "chatml" else Path(chat_template)
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"data.chat_template: {chat_template}: cannot be read: {error}") from None
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise ConfigError(
+            f"model.path: {model_path}: its tokenizer has no chat template; "
+            "set data.chat_template to a Jinja file, or to `chatml` for the one that ships"
+        )
+    return str(template)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """One conversation as text: where each message starts and where each assistant output starts (characters)."""
+
+    conversation: Conversation
+    text: str  # rendered, with stand-ins
+    stand_ins: dict[str, str]  # stand-in character -> text that someone wrote
+    starts: tuple[int, ...]  # [messages + 1]
+    output_starts: dict[int, int]  # assistant message -> character
+
+
+def render(renderer: Renderer, conversations: Sequence[Conversation]) -> list[Sample | RecordError]:
+    """Render a batch; the answer has one entry per conversation, in order: its sample, or why it was refused."""
+    layouts = [_attempt(_lay_out, renderer, conversation) for conversation in conversations]
+    good = [layout for layout in layouts if isinstance(layout, _Layout)]
+    tokens = iter(_encode_layouts(renderer, good))
+    results: list[Sample | RecordError] = []
+    for layout in layouts:
+        if isinstance(layout, RecordError):
+            results.append(layout)
+        else:
+            results.append(_attempt(_verified_sample, renderer, layout, next(tokens)))
+    return results
+
+
+def _attempt(function: Any, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except RecordError as error:
+        return error
+
+
+def _lay_out(renderer: Renderer, conversation: Conversation) -> _Layout:
+    messages, stand_ins = _without_control_text(renderer, conversation)
+    full = _apply(renderer, messages, generation_prompt=False)
+    starts, output_starts = [0], {}
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            header = _apply(renderer, messages[:number], generation_prompt=True)
+            _check_prefix(full, header, number, "its generation prompt")
+            output_starts[number] = len(header)
+        if number == len(messages) - 1:
+            starts.append(len(full))
+            continue
+        try:
+            prefix = _apply(renderer, messages[: number + 1], generation_prompt=False)
+        except RecordError:
+            # Some templates refuse a lone system message: it then shares the span of the message after it.
+            if message["role"] == "assistant":
+                raise
+            starts.append(starts[-1])
+            continue
+        _check_prefix(full, prefix, number, "the conversation up to it")
+        starts.append(len(prefix))
+    return _Layout(conversation, full, stand_ins, tuple(starts), output_starts)
+
+
+def _apply(renderer: Renderer, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return renderer.apply(messages, generation_prompt=generation_prompt)
+    except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+        raise RecordError("template error", f"the chat template refuses it: {error}") from None
+
+
+def _check_prefix(full: str, prefix: str, number: int, what: str) -> None:
+    if not full.startswith(prefix):
+        raise RecordError(
+            "template rewrites history",
+            f"message {number + 1}: the rendering of {what} is not how the whole conversation begins",
+        )
+
+
+def _without_control_text(
+    renderer: Renderer, conversation: Conversation
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Replace text that looks like a control token by single stand-in characters.
+
+    Markup tokens (added, not special: <think>, <tool_call>) are part of what a model writes, so they stay
+    tokens in assistant messages and become text in all others.
+    """
+    written = "".join(message.content for message in conversation.messages)
+    texts = renderer.control_texts + renderer.markup_texts
+    found = [text for text in texts if text and text in written]
+    if not found:
+        return [{"role": m.role, "content": m.content} for m in conversation.messages], {}
+    base = next(
+        (b for b in _STAND_IN_BASES if not any(b <= ord(c) < b + _STAND_INS_PER_BASE for c in written)), None
+    )
+    if base is None or len(found) > _STAND_INS_PER_BASE:
+        raise RecordError("private-use text", "it has control-token text and characters of both private-use planes")
+    stand_in_of = {text: chr(base + i) for i, text in enumerate(found)}
+    longest_first = sorted(found, key=len, reverse=True)
+    everywhere = re.compile("|".join(map(re.escape, longest_first)))
+    control = [text for text in longest_first if text in renderer.control_texts]
+    in_answers = re.compile("|".join(map(re.escape, control))) if control else None
+    messages = []
+    for message in conversation.messages:
+        pattern = in_answers if message.role == "assistant" else everywhere
+        content = message.content
+        if pattern is not None:
+            content = pattern.sub(lambda match: stand_in_of[match.group()], content)
+        messages.append({"role": message.role, "content": content})
+    return messages, {character: text for text, character in stand_in_of.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    ids: NDArray[np.int32]  # [T]
+    begins: NDArray[np.int64]  # [T] first character
+    ends: NDArray[np.int64]  # [T] character after the last
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    begin: int  # character
+    text: str
+    kind: str  # "text", "middle" (starts inside the rendering) or "stand-in"
+
+
+def _encode_layouts(renderer: Renderer, layouts: Sequence[_Layout]) -> list[_Tokens]:
+    pieces = [_pieces(layout) for layout in layouts]
+    flat = [piece for group in pieces for piece in group]
+    anchor = renderer.prefix_anchor
+    encoded = iter(
+        renderer._encode(
+            [
+                anchor + piece.text if anchor and piece.kind == "middle" else piece.text
+                for piece in flat
+                if piece.kind != "stand-in"
+            ]
+        )
+    )
+    results = []
+    for layout, group in zip(layouts, pieces, strict=True):
+        ids: list[int] = []
+        begins: list[int] = []
+        ends: list[int] = []
+        for piece in group:
+            if piece.kind == "stand-in":
+                written = renderer.plain_backend.encode(layout.stand_ins[piece.text], add_special_tokens=False).ids
+                ids += written
+                begins += [piece.begin] * len(written)
+                ends += [piece.begin + 1] * len(written)
+                continue
+            encoding = next(encoded)
+            anchored = anchor is not None and piece.kind == "middle"
+            shift = piece.begin - (len(anchor) if anchored and anchor else 0)
+            skip = 1 if anchored else 0
+            ids += encoding.ids[skip:]
+            begins += [begin + shift for begin, _ in encoding.offsets[skip:]]
+            ends += [end + shift for _, end in encoding.offsets[skip:]]
+        results.append(_Tokens(np.array(ids, np.int32), np.array(begins, np.int64), np.array(ends, np.int64)))
+    return results
+
+
+def _pieces(layout: _Layout) -> list[_Piece]:
+    """Cut the text at the start of every output and around stand-ins; pieces are encoded on their own."""
+    cuts = {0, len(layout.text), *layout.output_starts.values()}
+    for begin, character in enumerate(layout.text):
+        if character in layout.stand_ins:
+            cuts |= {begin, begin + 1}
+    edges = sorted(cuts)
+    pieces = []
+    for begin, end in zip(edges, edges[1:], strict=False):
+        text = layout.text[begin:end]
+        kind = "stand-in" if text in layout.stand_ins else "text" if begin == 0 else "middle"
+        pieces.append(_Piece(begin, text, kind))
+    return pieces
+
+
+def _verified_sample(renderer: Renderer, layout: _Layout, tokens: _Tokens) -> Sample:
+    conversation = layout.conversation
+    boundaries = [_token_at(tokens, character, number) for number, character in enumerate(layout.starts)]
+    spans, turns = [], []
+    for number, message in enumerate(conversation.messages):
+        start, end = boundaries[number], boundaries[number + 1]
+        if number not in layout.output_starts:
+            spans.append(Span(number, message.role, start, start, end, end))
+            continue
+        output_start = _token_at(tokens, layout.output_starts[number], number)
+        output_end = _output_end(renderer, layout, tokens, number, output_start, end)
+        _check_decodes(renderer, layout, tokens, number, output_start, output_end)
+        spans.append(Span(number, message.role, start, output_start, output_end, end))
+        turns.append(number)
+    return Sample(
+        conversation.id, conversation.index, conversation.source, tokens.ids, tuple(spans), tuple(turns)
+    )
+
+
+def _token_at(tokens: _Tokens, character: int, number: int) -> int:
+    """The first token that begins at or after a character; no token may lie across it."""
+    index = int(np.searchsorted(tokens.begins, character, side="left"))
+    if index and tokens.ends[index - 1] > character:
+        raise RecordError("turn inside a token", f"message {number + 1}: a token lies across its boundary")
+    return index
+
+
+def _output_end(renderer: Renderer, layout: _Layout, tokens: _Tokens, number: int, output_start: int, end: int) -> int:
+    """One past the stop token: the first control token right after what the author wrote."""
+    written = layout.conversation.messages[number].content
+    forms = {written, written.rstrip(), written.lstrip(), written.strip()}
+    output_begin = layout.output_starts[number]
+    controls = [i for i in range(output_start, end) if int(tokens.ids[i]) in renderer.control_ids]
+    for index in controls:
+        body = _as_written(layout, layout.text[output_begin : int(tokens.begins[index])])
+        if any(body.endswith(form) for form in forms):
+            return index + 1
+    if not controls:
+        raise RecordError(
+            "no stop token",
+            f"message {number + 1}: the template puts no control token after the answer, so the model would not "
+            "learn to stop; end assistant messages with eos_token in the template",
+        )
+    rendered = _as_written(layout, layout.text[output_begin : layout.starts[number + 1]])
+    raise RecordError(
+        "template changes the answer", f"message {number + 1}: written {_short(written)}, rendered {_short(rendered)}"
+    )
+
+
+def _check_decodes(
+    renderer: Renderer, layout: _Layout, tokens: _Tokens, number: int, output_start: int, output_end: int
+) -> None:
+    """The trained span must decode to exactly the text that was rendered for it."""
+    rendered = _as_written(layout, layout.text[layout.output_starts[number] : int(tokens.ends[output_end - 1])])
+    decode = renderer.tokenizer.backend_tokenizer.decode
+    output = tokens.ids[output_start:output_end].tolist()
+    decoded = decode(output, skip_special_tokens=False)
+    if decoded == rendered:
+        return
+    # Decoders of the sentencepiece family drop a leading space: look at the span together with the token before it.
+    before = tokens.ids[output_start - 1 : output_start].tolist()
+    if decode(before + output, skip_special_tokens=False) != decode(before, skip_special_tokens=False) + rendered:
+        raise RecordError(
+            "tokenizer changes the text",
+            f"message {number + 1}: rendered {_short(rendered)}, its tokens decode to {_short(decoded)}",
+        )
+
+
+def _as_written(layout: _Layout, text: str) -> str:
+    for character, written in layout.stand_ins.items():
+        text = text.replace(character, written)
+    return text
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:40] + " … " + text[-15:])

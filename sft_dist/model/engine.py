@@ -1,0 +1,235 @@
+"""DeepSpeed behind one class: forward, backward, step, save, load.
+
+The only module (with model/zero.py) that imports deepspeed. What the run file decides is injected here; a key that a
+DeepSpeed file decides as well is an error that names both.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sft_dist
+from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
+from sft_dist.distributed.world import World
+from sft_dist.errors import ConfigError
+from sft_dist.model import loading, zero
+from sft_dist.model.batch import Batch
+from sft_dist.model.logprobs import TokenLogprobs
+
+# Keys of a DeepSpeed file that belong to the run file, and their home there.
+_DECIDED_BY_RUN_FILE = {
+    "train_batch_size": "batch.global_packs",
+    "train_micro_batch_size_per_gpu": "batch.packs_per_micro_batch",
+    "gradient_accumulation_steps": "batch.global_packs",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "zero_allow_untested_optimizer": "optimizer",
+    "steps_per_print": "logging",
+    "tensorboard": "logging.tensorboard",
+}
+_SHARDS = "shards"  # DeepSpeed's tag: the folder inside a checkpoint that holds its files
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    match config.dtype:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def deepspeed_folder() -> Path:
+    """The shipped DeepSpeed files: beside the package in a checkout, inside it when installed."""
+    package = Path(sft_dist.__file__).parent
+    beside = package.parent / "ds_configs"
+    return beside if beside.is_dir() else package / "ds_configs"
+
+
+def resolve_deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the named file plus what the run file decides."""
+    name = config.deepspeed
+    if name == "auto":
+        name = "zero3" if torch.cuda.is_available() else "cpu"
+    path = Path(name) if Path(name).exists() else deepspeed_folder() / f"{name}.json"
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(file.stem for file in deepspeed_folder().glob("*.json")))
+        raise ConfigError(f"deepspeed: {config.deepspeed}: no such file, and not one of those shipped: {shipped}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed: {path}: not a readable JSON file: {error}") from None
+    for key, home in _DECIDED_BY_RUN_FILE.items():
+        if key in tree:
+            raise ConfigError(f"deepspeed: {path}: {key} is decided by {home} in the run file; take it out of there")
+    if '"auto"' in json.dumps(tree):
+        raise ConfigError(f'deepspeed: {path}: holds an "auto", which nothing here fills in')
+    if tree.get("zero_optimization", {}).get("stage") != 3:
+        raise ConfigError(f"deepspeed: {path}: zero_optimization.stage must be 3")
+    return tree | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the plan accumulates; Engine.backward marks the last micro-batch
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": compute_dtype(config.model) is torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+
+
+class Engine:
+    """One model over all ranks. Every method is called by all ranks at the same line."""
+
+    def __init__(self, engine: Any, world: World) -> None:
+        self._engine = engine
+        self._world = world
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The model of transformers inside, its parameters sharded."""
+        return self._engine.module.model
+
+    def train(self, is_training: bool = True) -> None:
+        self._engine.train(is_training)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """float32 [num_targets] of this rank's batch, on the device."""
+        result: Tensor = self._engine(batch.to(self.device))
+        return result
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of `loss`, summed over ranks and over the backwards since the last step.
+
+        DeepSpeed averages gradients over the W ranks, and divides by its accumulation steps, which are fixed to 1:
+        hence times W here, and nowhere else.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self._world.size)
+
+    def step(self) -> tuple[bool, float]:
+        """Clip and update. Returns whether DeepSpeed applied the step, and the gradient norm before clipping."""
+        self._engine.step()
+        return bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
+
+    def set_lr(self, learning_rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards below `folder`; publishing them is train/checkpoint.py's business."""
+        self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Weights and optimizer state of the same number of ranks."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_SHARDS, load_lr_scheduler_states=False)
+        if path is None:
+            raise ConfigError(f"{folder}: DeepSpeed finds no checkpoint in it")
+
+
+def shards_dir(checkpoint: Path) -> Path:
+    return checkpoint / _SHARDS
+
+
+def training_engine(config: RunConfig, world: World, initial: Path | None) -> Engine:
+    """The pre-trained model (or the weights of checkpoint `initial`), sharded, with AdamW."""
+    import deepspeed
+
+    tree = resolve_deepspeed_config(config)
+    model = _sharded_model(config, tree, initial)
+    if config.model.gradient_checkpointing:
+        _recompute_layers(model.model)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config.optimizer),
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=torch.cuda.is_available(),
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
+    engine.checkpoint_engine.load = _safe_load_for_deepspeed
+    return Engine(engine, world)
+
+
+def inference_engine(config: RunConfig, world: World, weights: Path | None) -> Engine:
+    """The same model without optimizer, for scoring: sharded parameters, no gradients."""
+    import deepspeed
+
+    tree = resolve_deepspeed_config(config)
+    model = _sharded_model(config, tree, weights)
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=tree)
+    engine.eval()
+    return Engine(engine, world)
+
+
+def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None) -> TokenLogprobs:
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+    from transformers.integrations import HfDeepSpeedConfig
+
+    _quiet()
+    # The shared-memory op serves inference kernels only, and a killed build leaves a lock that hangs every later
+    # start: https://github.com/deepspeedai/DeepSpeed/issues/7308 tells of such locks. Not building it costs nothing.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+    announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
+    model_config = loading.load_config(config.model, config.data.max_length)
+    model = loading.load_causal_lm(
+        config.model, model_config, dtype=compute_dtype(config.model), max_length=config.data.max_length
+    )
+    del announced
+    layers = [type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    if layers:
+        # One gather per decoder layer instead of one per small module: ten times fewer collectives.
+        set_z3_leaf_modules(model, list(dict.fromkeys(layers)))
+    wrapped = TokenLogprobs(model)
+    if weights is not None:
+        zero.assign(wrapped, zero.whole_parameters(shards_dir(weights)))
+    return wrapped
+
+
+def _parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if not zero.is_vector(p)], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in trained if zero.is_vector(p)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _recompute_layers(causal_lm: Any) -> None:
+    causal_lm.config.use_cache = False
+    if hasattr(causal_lm, "activation_checkpointing_enable"):  # transformers >= 5.23
+        causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _safe_load_for_deepspeed(path: str, map_location: Any = None) -> dict[str, Any]:
+    return zero.safe_load(path, mmap=False)
+
+
+def _quiet() -> None:
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+
+
+def set_environment() -> None:
+    """Before deepspeed is imported: CPU where there is no GPU, and a private folder for what it compiles."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

@@ -1,0 +1,106 @@
+"""ZeRO-3 shards as plain facts: whole parameters from checkpoint shards, and values into sharded parameters.
+
+With model/engine.py the only module that knows DeepSpeed. Shard files are read with weights_only, memory-mapped, one
+parameter at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sft_dist.errors import StorageError
+
+
+def safe_load(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
+    """torch.load that constructs tensors and the three harmless classes DeepSpeed stores, and nothing else."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler]):
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StorageError(f"{path}: not a readable checkpoint shard: {first_line}") from error
+    return content
+
+
+def whole_parameters(shards_dir: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, float32 tensor) of every parameter of a ZeRO-3 checkpoint, joined from all ranks' shards.
+
+    Layout: each rank holds ceil(numel / W) elements of every parameter, in the order of `param_shapes`
+    (Rajbhandari et al., "ZeRO", 2020, section 7; DeepSpeed's zero_to_fp32 reads the same layout).
+    """
+    model_files = sorted(shards_dir.glob("zero_pp_rank_*_model_states.pt"), key=_rank_of)
+    optim_files = sorted(shards_dir.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+    if not model_files or len(model_files) != len(optim_files):
+        raise StorageError(f"{shards_dir}: {len(model_files)} model shards and {len(optim_files)} optimizer shards")
+    groups = [
+        safe_load(file)["optimizer_state_dict"]["fp32_flat_groups"] for file in optim_files
+    ]  # [rank][sub-group] float32 [n]
+    shapes = {name: shape for group in safe_load(model_files[0])["param_shapes"] for name, shape in group.items()}
+    sub_group, offset = 0, 0
+    for name, shape in shapes.items():
+        numel = math.prod(shape)
+        per_rank = -(-numel // len(groups))
+        if offset >= groups[0][sub_group].numel():
+            sub_group, offset = sub_group + 1, 0
+        parts = [rank_groups[sub_group][offset : offset + per_rank] for rank_groups in groups]
+        yield name, torch.cat(parts)[:numel].view(shape)
+        offset += per_rank
+
+
+def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
+    """Write whole values into a model's parameters, sharded or not; every rank copies only its own part.
+
+    Raises StorageError unless names and shapes are exactly those of the model.
+    """
+    parameters = dict(model.named_parameters())
+    seen = set()
+    for name, value in values:
+        if name not in parameters:
+            raise StorageError(f"the checkpoint has a parameter {name} that the model has not")
+        parameter = parameters[name]
+        if tuple(value.shape) != _whole_shape(parameter):
+            raise StorageError(
+                f"{name}: the checkpoint has shape {tuple(value.shape)}, the model {_whole_shape(parameter)}"
+            )
+        with torch.no_grad():
+            _write(parameter, value)
+        seen.add(name)
+    if missing := sorted(set(parameters) - seen):
+        raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    return math.prod(_whole_shape(parameter))
+
+
+def is_vector(parameter: nn.Parameter) -> bool:
+    """Norm weights and biases: what weight decay leaves alone."""
+    return len(_whole_shape(parameter)) < 2
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _write(parameter: nn.Parameter, value: Tensor) -> None:
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.copy_(value)
+        return
+    import torch.distributed as dist
+
+    shard = parameter.ds_tensor
+    first = dist.get_rank() * shard.numel()
+    mine = value.reshape(-1)[first : first + shard.numel()]
+    shard.zero_()
+    shard[: mine.numel()].copy_(mine)
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.split("zero_pp_rank_")[1].split("_")[0])

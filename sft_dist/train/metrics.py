@@ -1,0 +1,94 @@
+"""What a run says: one line a step for people, JSON Lines and TensorBoard for tools. Rank 0 only."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from sft_dist.config import LoggingConfig
+
+
+class Metrics:
+    """Writes to RUN_DIR/metrics.jsonl (keyed by step, cut back to `first_step` on resume) and to TensorBoard."""
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, *, first_step: int, is_main: bool) -> None:
+        self._is_main = is_main
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if not is_main:
+            return
+        path = run_dir / "metrics.jsonl"
+        _cut_back(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def say(self, line: str) -> None:
+        """One line for people, from rank 0."""
+        if self._is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def record(self, kind: str, step: int, **values: float | int | str | None) -> None:
+        """One entry of the metrics file; numbers also go to TensorBoard as kind/name."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def step_line(
+    *,
+    step: int,
+    num_steps: int,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    tokens_per_s: float,
+    memory_gib: float,
+    eta_s: float,
+) -> str:
+    """`step   120/2,340  loss 1.1843  grad 0.92  lr 9.8e-06  tokens/s 34,310  mem 61.2 GiB  eta 2h41m`"""
+    width = len(f"{num_steps:,}")
+    return (
+        f"step {step:>{width},}/{num_steps:,}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {learning_rate:.1e}  "
+        f"tokens/s {tokens_per_s:,.0f}  mem {memory_gib:.1f} GiB  eta {duration(eta_s)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """90 -> `1m30s`, 9660 -> `2h41m`"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _cut_back(path: Path, first_step: int) -> None:
+    """Drop entries of steps that will be taken again, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] <= first_step:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
