@@ -161,6 +161,7 @@ TRANSLATIONS = {
     "micro_batch_size": "batch.packs_per_micro_batch",
     "num_train_epochs": "schedule.epochs",
     "num_epochs": "schedule.epochs",
+    "lr": "optimizer.learning_rate",
     "lr_scheduler_type": "schedule.name",
     "lr_scheduler": "schedule.name",
     "warmup_ratio": "schedule.warmup_fraction",
@@ -207,6 +208,10 @@ def explain() -> Iterator[tuple[str, str, str]]:
 
 def to_json(config: RunConfig) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2)
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

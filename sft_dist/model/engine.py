@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ _DECIDED_BY_RUN_FILE = {
     "steps_per_print": "logging",
     "tensorboard": "logging.tensorboard",
 }
+_WRAPPED = "model."  # what TokenLogprobs puts before the names of the model it wraps
 _SHARDS = "shards"  # DeepSpeed's tag: the folder inside a checkpoint that holds its files
 
 
@@ -139,8 +142,14 @@ class Engine:
             raise ConfigError(f"{folder}: DeepSpeed finds no checkpoint in it")
 
 
-def shards_dir(checkpoint: Path) -> Path:
-    return checkpoint / _SHARDS
+def stored_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name as transformers knows it, float32 tensor) of every parameter of a checkpoint, one at a time."""
+    for name, value in zero.whole_parameters(checkpoint / _SHARDS):
+        yield name.removeprefix(_WRAPPED), value
+
+
+def stored_numel(checkpoint: Path) -> dict[str, int]:
+    return {name.removeprefix(_WRAPPED): n for name, n in zero.stored_numel(checkpoint / _SHARDS).items()}
 
 
 def training_engine(config: RunConfig, world: World, initial: Path | None) -> Engine:
@@ -197,7 +206,7 @@ def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None
         set_z3_leaf_modules(model, list(dict.fromkeys(layers)))
     wrapped = TokenLogprobs(model)
     if weights is not None:
-        zero.assign(wrapped, zero.whole_parameters(shards_dir(weights)))
+        zero.assign(model, stored_parameters(weights))
     return wrapped
 
 
@@ -230,6 +239,8 @@ def _quiet() -> None:
 
 def set_environment() -> None:
     """Before deepspeed is imported: CPU where there is no GPU, and a private folder for what it compiles."""
+    # DeepSpeed 0.19.8 calls names that torch 2.13 is renaming, once per collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

@@ -54,6 +54,12 @@ def whole_parameters(shards_dir: Path) -> Iterator[tuple[str, Tensor]]:
         offset += per_rank
 
 
+def stored_numel(shards_dir: Path) -> dict[str, int]:
+    """Elements of every parameter of a checkpoint, by name, without reading any."""
+    first = min(shards_dir.glob("zero_pp_rank_*_model_states.pt"), key=_rank_of)
+    return {name: math.prod(shape) for group in safe_load(first)["param_shapes"] for name, shape in group.items()}
+
+
 def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
     """Write whole values into a model's parameters, sharded or not; every rank copies only its own part.
 
@@ -74,10 +80,6 @@ def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
         seen.add(name)
     if missing := sorted(set(parameters) - seen):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
-
-
-def whole_numel(parameter: nn.Parameter) -> int:
-    return math.prod(_whole_shape(parameter))
 
 
 def is_vector(parameter: nn.Parameter) -> bool:

@@ -130,11 +130,13 @@ def read(folder: Path) -> Checkpoint:
 
 
 def find(run_dir: Path, which: str) -> Checkpoint:
-    """The checkpoint named `best`, `last` or a step number; checked file by file. Raises ConfigError, StorageError."""
+    """The checkpoint named `best`, `last`, `best-or-last` or a step number; checked file by file. Raises ConfigError, StorageError."""
     parent = checkpoints_dir(run_dir)
     steps = sorted(parent.glob("step-*"))
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
+    if which == "best-or-last":
+        which = "last" if best_step(run_dir) is None else "best"
     match which:
         case "last":
             candidates = list(reversed(steps))

@@ -1,0 +1,176 @@
+"""The command line: one verb a subcommand, errors in one line, exit codes that mean something.
+
+Imports of verbs happen after the arguments are read: `--help` and mistakes answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from sft_dist.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from sft_dist.config import RunConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb and leave with its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code = _dispatch(options)
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = "" if rank == "0" else f"[rank {rank}] "
+        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        _leave(130)
+    except BrokenPipeError:
+        _leave(141)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        _leave(ExitCode.BUG)
+    sys.stdout.flush()
+    sys.exit(int(code))
+
+
+def _leave(code: int) -> NoReturn:
+    """On the way out of an error nothing may wait for other ranks, and process groups do at interpreter exit."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(int(code))
+
+
+def _dispatch(options: argparse.Namespace) -> ExitCode:
+    match options.verb:
+        case "prepare":
+            from sft_dist import preparation
+
+            return preparation.run(_config(options))
+        case "inspect":
+            from sft_dist import inspection
+
+            return inspection.run(_config(options), conversation_id=options.id, num=options.num)
+        case "train":
+            config = _config(options)
+            from sft_dist import training
+
+            return training.run(config, os.environ)
+        case "score":
+            config = _config(options)
+            from sft_dist import score
+
+            return score.run(
+                config,
+                os.environ,
+                model=options.model,
+                checkpoint=options.checkpoint,
+                sources=tuple(options.data),
+                output=Path(options.output),
+            )
+        case "export":
+            from sft_dist import export
+
+            return export.run(
+                Path(options.run_dir), Path(options.output), which=options.checkpoint, dtype=options.dtype
+            )
+        case "generate":
+            from sft_dist import generation
+
+            return generation.run(
+                options.model,
+                prompt=options.prompt,
+                system=options.system,
+                checkpoint=options.checkpoint,
+                max_new_tokens=options.max_new_tokens,
+            )
+        case "config":
+            return _print_config(options)
+        case other:
+            raise AssertionError(other)
+
+
+def _config(options: argparse.Namespace) -> "RunConfig":
+    from sft_dist.config import load_config
+
+    return load_config(options.run_file, options.overrides)
+
+
+def _print_config(options: argparse.Namespace) -> ExitCode:
+    from sft_dist import config as configs
+
+    if options.explain:
+        for key, default, meaning in configs.explain():
+            print(f"{key} (default {default})\n    {meaning}")
+        return ExitCode.DONE
+    if options.run_file is None:
+        from sft_dist.errors import UsageError
+
+        raise UsageError("config: name a run file, or ask for --explain")
+    config = _config(options)
+    if options.json:
+        print(configs.to_json(config))
+    else:
+        print(configs.to_yaml(config), end="")
+    return ExitCode.DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    from sft_dist import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="sft-dist", description="Distributed supervised fine-tuning of large language models."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    # The deepspeed command puts it before the verb; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    _run_file_verb(verbs, "prepare", "render, verify and store the data; print what was refused and why")
+    inspect = _run_file_verb(verbs, "inspect", "show conversations with trained tokens marked, and statistics")
+    inspect.add_argument("--id", help="show the conversation with this id")
+    inspect.add_argument("--num", type=int, default=2, help="how many conversations to show (default 2)")
+    _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
+    score = _run_file_verb(verbs, "score", "log-probability of every assistant turn, as JSON Lines in input order")
+    score.add_argument("--model", help="model folder, Hub id or run folder (default: model.path)")
+    score.add_argument("--data", nargs="+", default=[], help="files or Hub ids (default: data.heldout)")
+    score.add_argument("--output", required=True, help="JSON Lines file to write")
+    _checkpoint_option(score)
+    export = verbs.add_parser("export", help="write a checkpoint as safetensors that plain transformers loads")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("--output", required=True, help="folder to write")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model")
+    _checkpoint_option(export)
+    generate = verbs.add_parser("generate", help="answer a prompt")
+    generate.add_argument("--model", required=True, help="model folder, Hub id or run folder")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--system", help="system message")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    _checkpoint_option(generate)
+    config = verbs.add_parser("config", help="print the resolved run file, or explain every key")
+    config.add_argument("run_file", nargs="?", metavar="RUN_YAML")
+    config.add_argument("overrides", nargs="*", metavar="key=value")
+    config.add_argument("--json", action="store_true")
+    config.add_argument("--explain", action="store_true")
+    return parser
+
+
+def _run_file_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text)
+    verb.add_argument("run_file", metavar="RUN_YAML")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run file")
+    return verb
+
+
+def _checkpoint_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--checkpoint", default="best-or-last", help="of a run folder: best, last or a step (default: best, else last)"
+    )

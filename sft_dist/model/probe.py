@@ -1,0 +1,65 @@
+"""A few short conversations by which a model is checked: against itself unpacked, and after export.
+
+The check at the start of a run catches models that mix tokens outside attention, restart positions wrongly or
+change logits after the head in a way logprobs.py does not know.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft_dist.data.sample import Int32, Sample
+from sft_dist.data.store import PreparedDataset
+from sft_dist.errors import ConfigError
+from sft_dist.model.batch import collate
+from sft_dist.model.engine import Engine
+
+# Largest difference of a token's log-prob between two kernels of the same precision, in nats.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+Probe = tuple[Sample, ...]
+
+
+def choose(dataset: PreparedDataset) -> Probe:
+    """Two of the shortest samples: a check that costs next to nothing."""
+    shortest = np.argsort(dataset.lengths, kind="stable")[:2]
+    return tuple(dataset[int(number)] for number in shortest)
+
+
+def logprobs(engine: Engine, probe: Probe) -> list[float]:
+    """Packed log-probs of the probe's tokens, from the sharded model. A collective."""
+    engine.train(False)
+    with torch.no_grad():
+        values = engine.logprobs(collate(probe, "all"))
+    return [float(value) for value in values]
+
+
+def check(engine: Engine, probe: Probe) -> float:
+    """Compare packed log-probs with transformers' own forward, one sample at a time; returns the largest difference.
+
+    Raises ConfigError when they differ by more than rounding. A collective.
+    """
+    packed = torch.tensor(logprobs(engine, probe))
+    alone = torch.tensor([value for sample in probe for value in plain_logprobs(engine.causal_lm, sample.ids)])
+    difference = float((packed - alone).abs().max())
+    bound = ROUNDING[engine.causal_lm.dtype]
+    if not difference <= bound:
+        raise ConfigError(
+            f"model.path: packed log-probs differ from the model's own, unpacked, by {difference:.3g} "
+            f"(at most {bound:.3g} is rounding): this model mixes the conversations of a pack or changes its logits "
+            "in a way that is not known here; try model.attention: eager, else it cannot be trained packed"
+        )
+    return difference
+
+
+def plain_logprobs(causal_lm: Any, ids: Sequence[int] | Int32) -> list[float]:
+    """log Pr of every token but the first, by the model's own forward on this sequence alone: the oracle."""
+    device = next(causal_lm.parameters()).device
+    row = torch.tensor([[int(i) for i in ids]], device=device)  # [1, T]
+    with torch.no_grad():
+        logits = causal_lm(input_ids=row, use_cache=False).logits[0, :-1].float()  # [T - 1, V]
+    picked = logits.log_softmax(-1).gather(-1, row[0, 1:, None])[:, 0]
+    return [float(value) for value in picked]

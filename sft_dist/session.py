@@ -1,0 +1,42 @@
+"""Opening and closing the process group of a verb: device, threads, backend."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from sft_dist.distributed import collectives
+from sft_dist.distributed.world import World, start
+from sft_dist.model.engine import set_environment
+
+
+def open_session(world: World) -> None:
+    """Choose this rank's device and threads and join the other ranks. Raises ClusterError."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    set_environment()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(world.local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    start(world, on_gpu=on_gpu)
+
+
+def close_session() -> None:
+    """No rank leaves before the others: launchers kill the rest at the first exit that is not 0."""
+    collectives.barrier()
+    dist.destroy_process_group()
+
+
+def print_from_main(world: World) -> Callable[[str], None]:
+    """A function that prints a line to stderr on rank 0 and nowhere else."""
+
+    def say(line: str) -> None:
+        if world.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    return say

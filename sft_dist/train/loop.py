@@ -1,0 +1,284 @@
+"""The training loop: the parts of a run over time, in the order they happen."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sft_dist.config import RunConfig
+from sft_dist.data.packing import Pack
+from sft_dist.data.plan import Plan
+from sft_dist.data.store import PreparedDataset
+from sft_dist.distributed import collectives
+from sft_dist.distributed.world import World
+from sft_dist.errors import ExitCode, TrainingError
+from sft_dist.model import probe
+from sft_dist.model.batch import IGNORE, Batch, collate
+from sft_dist.model.engine import Engine
+from sft_dist.train import checkpoint
+from sft_dist.train.checkpoint import TrainState
+from sft_dist.train.evaluate import heldout_nll, scoring_packs
+from sft_dist.train.interrupt import StopRequest
+from sft_dist.train.metrics import Metrics, step_line
+from sft_dist.train.schedule import learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Heldout:
+    dataset: PreparedDataset
+    packs: list[Pack]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a run ended; `summary` is what it did in numbers."""
+
+    exit_code: ExitCode
+    reason: str
+    state: TrainState
+    summary: dict[str, Any]
+
+
+class Run:
+    """Everything a running training holds; `train` takes it from its state to its end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        engine: Engine,
+        dataset: PreparedDataset,
+        plan: Plan,
+        heldout: Heldout | None,
+        state: TrainState,
+        metrics: Metrics,
+        facts: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.engine = engine
+        self.dataset = dataset
+        self.plan = plan
+        self.heldout = heldout
+        self.state = state
+        self.metrics = metrics
+        self.stop = StopRequest()
+        self._facts = facts
+        self._run_dir = Path(config.run_dir)
+        self._probe = probe.choose(dataset)
+        self._saved_step: int | None = state.step if state.step else None
+        self._first_loss: float | None = None
+        self._last_loss: float | None = None
+        self._last_nll: float | None = None
+
+    def train(self) -> Result:
+        """Take all steps that are left. Raises TrainingError when the numbers break."""
+        difference = probe.check(self.engine, self._probe)
+        self.metrics.say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
+        if self.state.step == 0:
+            self._evaluate(0)
+        for step in range(self.state.step, self.plan.num_steps):
+            self._step(step)
+            finished = step + 1
+            is_last = finished == self.plan.num_steps
+            every = self.config.evaluate.every
+            if is_last or (every and finished % every == 0):
+                self._evaluate(finished)
+            reason = self._reason_to_stop(finished) if not is_last else None
+            if is_last or reason or self._due(finished):
+                self._save()
+            if reason:
+                return self._result(ExitCode.STOPPED, reason)
+        return self._result(ExitCode.DONE, "finished")
+
+    def _step(self, step: int) -> None:
+        started = time.monotonic()
+        config, world, plan = self.config, self.world, self.plan
+        micro_batches = plan.micro_batches(
+            step,
+            data_rank=world.rank,
+            data_size=world.size,
+            packs_per_micro_batch=config.batch.packs_per_micro_batch,
+        )
+        denominator = plan.denominator(step)
+        rate = learning_rate(step, plan.num_steps, config.optimizer, config.schedule)
+        self.engine.set_lr(rate)
+        self.engine.train()
+        local_nll = 0.0
+        for number, pack in enumerate(micro_batches):
+            _seed_dropout(config.seed, step, number, world.rank)
+            batch = collate([self.dataset[index] for index in pack], config.objective.train_on)
+            nll = weighted_nll(self.engine.logprobs(batch), batch)
+            self.engine.backward(nll / denominator, is_last=number == len(micro_batches) - 1)
+            local_nll += float(nll.detach())
+        loss = collectives.all_sum([local_nll])[0] / denominator
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")
+        applied, grad_norm = self.engine.step()
+        if not applied or not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"step {step + 1}: the gradient norm is {grad_norm} and the step cannot be used "
+                f"(loss {loss:.4f}){self._advice()}"
+            )
+        self._finish_step(loss, grad_norm, rate, time.monotonic() - started)
+
+    def _finish_step(self, loss: float, grad_norm: float, rate: float, step_s: float) -> None:
+        step, plan = self.state.step, self.plan
+        num_tokens = plan.num_step_tokens(step)
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            num_tokens=self.state.num_tokens + num_tokens,
+            num_target_tokens=self.state.num_target_tokens + plan.denominator(step),
+            train_time_s=self.state.train_time_s + step_s,
+        )
+        self._first_loss = loss if self._first_loss is None else self._first_loss
+        self._last_loss = loss
+        memory_gib = _peak_memory_gib(self.engine.device)
+        mean_step_s = self.state.train_time_s / self.state.step
+        self.metrics.say(
+            step_line(
+                step=step + 1,
+                num_steps=plan.num_steps,
+                loss=loss,
+                grad_norm=grad_norm,
+                learning_rate=rate,
+                tokens_per_s=num_tokens / step_s,
+                memory_gib=memory_gib,
+                eta_s=mean_step_s * (plan.num_steps - step - 1),
+            )
+        )
+        self.metrics.record(
+            "train",
+            step + 1,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            num_tokens=num_tokens,
+            num_target_tokens=plan.denominator(step),
+            step_time_s=step_s,
+            memory_gib=memory_gib,
+        )
+
+    def _evaluate(self, step: int) -> None:
+        if self.heldout is None:
+            return
+        config = self.config
+        nll = heldout_nll(
+            self.engine,
+            self.heldout.dataset,
+            self.heldout.packs,
+            config.objective.train_on,
+            self.world,
+            config.batch.packs_per_micro_batch,
+        )
+        self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token")
+        self.metrics.record("heldout", step, nll=nll)
+        best = self.state.best_nll
+        self._last_nll = nll
+        if step == 0:
+            self.state = replace(self.state, heldout_nll_before=nll)
+        elif best is None or nll < best:
+            self.state = replace(self.state, best_nll=nll)
+            if config.checkpoint.keep_best:
+                self._save()
+                if self.world.is_main:
+                    checkpoint.mark_best(self._run_dir, step, nll)
+        else:
+            self.metrics.say(f"warning: held-out NLL rises: {nll:.4f} at step {step:,}, {best:.4f} at its best")
+
+    def _due(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return bool(every and step % every == 0)
+
+    def _reason_to_stop(self, step: int) -> str | None:
+        """Agreed over all ranks, once a step."""
+        signal_name = self.stop.agreed()
+        if signal_name is not None:
+            return f"stopped by {signal_name}"
+        if step == self.config.checkpoint.stop_at_step:
+            return f"stopped at step {step:,} as the run file asks"
+        return None
+
+    def _save(self) -> None:
+        """Publish a checkpoint of the current step, once."""
+        if self._saved_step == self.state.step:
+            return
+        started = time.monotonic()
+        record = {"samples": [s.ids.tolist() for s in self._probe], "logprobs": probe.logprobs(self.engine, self._probe)}
+        saved = checkpoint.save(
+            self._run_dir, self.state, self.world, self.engine.save, self._facts | {"probe": record}
+        )
+        self._saved_step = self.state.step
+        if self.world.is_main:
+            best = checkpoint.best_step(self._run_dir)
+            checkpoint.evict(
+                self._run_dir, keep=self.config.checkpoint.keep, protected=[] if best is None else [best]
+            )
+        self.metrics.say(f"checkpoint {saved.folder} in {time.monotonic() - started:.1f} s")
+
+    def _advice(self) -> str:
+        last = self._saved_step
+        where = "no checkpoint is saved yet" if last is None else f"the last good checkpoint is step {last:,}"
+        return f"; {where}; a lower optimizer.learning_rate or model.dtype: float32 may help"
+
+    def _result(self, exit_code: ExitCode, reason: str) -> Result:
+        state, plan = self.state, self.plan
+        summary = {
+            "conversations": self.dataset.manifest["num_records"],
+            "samples": plan.num_samples,
+            "tokens": plan.num_tokens,
+            "target_tokens": plan.num_target_tokens,
+            "packs": plan.num_packs,
+            "fill": plan.fill,
+            "ranks": self.world.size,
+            "steps": state.step,
+            "planned_steps": plan.num_steps,
+            "trained_tokens": state.num_tokens,
+            "trained_target_tokens": state.num_target_tokens,
+            "first_loss": self._first_loss,
+            "last_loss": self._last_loss,
+            "train_time_s": state.train_time_s,
+            "tokens_per_s": state.num_tokens / state.train_time_s if state.train_time_s else None,
+            "target_tokens_per_s": state.num_target_tokens / state.train_time_s if state.train_time_s else None,
+            "heldout_nll_before": state.heldout_nll_before,
+            "heldout_nll_best": state.best_nll,
+            "heldout_nll_after": self._last_nll,
+        }
+        return Result(exit_code, reason, state, summary)
+
+
+def weighted_nll(logprobs: Tensor, batch: Batch) -> Tensor:
+    """-Σ w log Pr over this batch's targets, summed, not averaged: the step's denominator divides it once."""
+    weights = batch.weights[0][batch.targets[0] != IGNORE].to(logprobs.device)
+    return -(logprobs * weights).sum()
+
+
+def plan_heldout(dataset: PreparedDataset, config: RunConfig, say: Callable[[str], None]) -> Heldout:
+    lengths = dataset.lengths
+    too_long = int((lengths > config.data.max_length).sum())
+    if too_long:
+        say(f"held-out: {too_long:,} of {len(lengths):,} samples are longer than data.max_length and left out")
+    return Heldout(dataset, scoring_packs(lengths, config.data.max_length))
+
+
+def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Random streams follow from the position in the run, so a resumed run draws what it would have drawn."""
+    state = np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) >> 1)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**30 if sys.platform == "darwin" else 2**20)
