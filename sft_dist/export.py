@@ -1,0 +1,151 @@
+"""The verb `export`: a checkpoint as safetensors, tokenizer and template that plain transformers loads, verified.
+
+Parameters are streamed one at a time from the shards, so memory stays at one file of the export. What is written is
+loaded again and compared: names, shapes, values, ties, and the log-probs that the sharded model gave a probe.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sft_dist.errors import ConfigError, ExitCode, StorageError
+from sft_dist.train import rundir
+from sft_dist.train.checkpoint import Checkpoint, find
+
+_FILE_BYTES = 4 * 2**30
+
+
+def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCode:
+    """Export a checkpoint of `run_dir` to the new folder `output`. Raises StorageError when verification fails."""
+    from transformers.utils import logging
+
+    from sft_dist.model.engine import set_environment
+
+    logging.disable_progress_bar()
+    set_environment()
+    config = rundir.saved_config(run_dir)
+    checkpoint = find(run_dir, which)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output: {output} exists and is not empty")
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        trust = config.model.trust_remote_code
+        chosen = _write_companions(config.model.path, checkpoint, temporary, dtype, trust)
+        num_bytes = _write_weights(checkpoint, temporary, chosen)
+        difference = _verify(checkpoint, temporary, chosen, trust)
+        if output.exists():
+            output.rmdir()
+        os.replace(temporary, output)
+    except OSError as error:
+        raise StorageError(f"--output: {output}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(
+        f"exported step {checkpoint.step:,} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, shapes, values "
+        f"and ties verified; probe log-probs equal the sharded model's to {difference:.1e}"
+    )
+    return ExitCode.DONE
+
+
+def _write_companions(base: str, checkpoint: Checkpoint, folder: Path, dtype: str | None, trust: bool) -> str:
+    """Configuration, generation settings, tokenizer and template; returns the name of the export's dtype."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    stored = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    chosen = dtype or stored
+    config.dtype = getattr(torch, chosen)
+    config.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)
+    tokenizer.chat_template = checkpoint.manifest["template"]
+    tokenizer.save_pretrained(folder)
+    try:
+        generation = GenerationConfig.from_pretrained(base)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    # A tuned model must stop at the token it was trained to stop at, also where that is not the base model's eos.
+    known = generation.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    stops = list(dict.fromkeys([*known, *checkpoint.manifest["stop_ids"]]))
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops
+    generation.save_pretrained(folder)
+    return chosen
+
+
+def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str) -> int:
+    import torch
+    from safetensors.torch import save_file
+
+    from sft_dist.model.engine import stored_numel, stored_parameters
+
+    to = getattr(torch, dtype)
+    files = _assign_files(stored_numel(checkpoint.folder), to.itemsize)
+    names = sorted(set(files.values()))
+    pending: dict[str, Any] = {}
+    total = 0
+    left = {name: list(files.values()).count(name) for name in names}
+    for name, value in stored_parameters(checkpoint.folder):
+        pending[name] = value.to(to).contiguous()
+        total += pending[name].nbytes
+        left[files[name]] -= 1
+        if not left[files[name]]:
+            save_file(pending, folder / files[name], metadata={"format": "pt"})
+            pending = {}
+    if len(names) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total
+
+
+def _assign_files(numel: dict[str, int], item_bytes: int) -> dict[str, str]:
+    """Parameter -> file, in order, files of at most 4 GiB."""
+    number, filled, numbers = 1, 0, {}
+    for name, count in numel.items():
+        if filled and filled + count * item_bytes > _FILE_BYTES:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += count * item_bytes
+    if number == 1:
+        return dict.fromkeys(numel, "model.safetensors")
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
+
+
+def _verify(checkpoint: Checkpoint, folder: Path, dtype: str, trust: bool) -> float:
+    """Load as a user would and compare; returns the largest difference of a probe token's log-prob."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sft_dist.model.engine import stored_parameters
+    from sft_dist.model.probe import ROUNDING, plain_logprobs
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            raise StorageError(f"export: transformers reports {kind}: {sorted(map(str, report[kind]))[:5]}")
+    loaded = dict(model.named_parameters())
+    for name, value in stored_parameters(checkpoint.folder):
+        if not torch.equal(loaded[name], value.to(loaded[name].dtype)):
+            raise StorageError(f"export: {name} does not have the checkpoint's values after loading")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model.config.get_text_config().tie_word_embeddings and not tied:
+        raise StorageError("export: the output embedding is no longer tied to the input embedding")
+    model.eval().float()
+    recorded = checkpoint.manifest["probe"]
+    now = [value for ids in recorded["samples"] for value in plain_logprobs(model, ids)]
+    difference = max(abs(a - b) for a, b in zip(now, recorded["logprobs"], strict=True))
+    trained_in = checkpoint.manifest["config"]["model.dtype"]
+    exact = dtype == "float32" and trained_in != "bfloat16"
+    bound = ROUNDING[torch.float32 if exact else torch.bfloat16]
+    if not difference <= bound:
+        raise StorageError(
+            f"export: the probe's log-probs differ from the sharded model's by {difference:.3g} (allowed {bound:.3g})"
+        )
+    return difference
+
