@@ -1,0 +1,175 @@
+"""Files to prepared data sets: formats, faults with their places, and the same bytes for any number of processes."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from sft_dist.config import DataConfig, ModelConfig
+from sft_dist.data import formats
+from sft_dist.data import prepare as preparing
+from sft_dist.data.prepare import prepare
+from sft_dist.data.store import PreparedDataset
+from sft_dist.errors import DataError
+from tests.helpers.conversations import make_records, write_jsonl
+from tests.helpers.models import build_tokenizer
+
+GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer().save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def run(path: Path, model: ModelConfig, **data: Any) -> PreparedDataset:
+    options = {"cache_dir": str(path.parent / "prepared"), "num_processes": 1} | data
+    return prepare([str(path)], model, DataConfig(**options))
+
+
+def test_formats_give_the_same_samples(tmp_path: Path, model: ModelConfig) -> None:
+    records = make_records(12)
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.json").write_text(json.dumps(records))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n\r\n"))
+    pa.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "d.parquet")
+    expected = [sample.ids.tolist() for sample in run(tmp_path / "a.jsonl", model)]
+    assert len(expected) == 12
+    for name in ("b.jsonl.gz", "c.json", "bom.jsonl", "d.parquet"):
+        assert [sample.ids.tolist() for sample in run(tmp_path / name, model)] == expected, name
+
+
+def test_prompt_completion_is_a_conversation_of_two_messages(tmp_path: Path, model: ModelConfig) -> None:
+    as_text = {"prompt": "hi", "completion": "ok"}
+    as_messages = {"prompt": GOOD["messages"][:1], "completion": GOOD["messages"][1:]}
+    dataset = run(write_jsonl(tmp_path / "x.jsonl", [GOOD, as_text, as_messages]), model)
+    first, second, third = (sample.ids.tolist() for sample in dataset)
+    assert first == second == third
+
+
+def test_same_bytes_for_any_number_of_processes(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "RECORDS_PER_SHARD", 10)
+    path = write_jsonl(tmp_path / "x.jsonl", make_records(45))
+
+    def digests(dataset: PreparedDataset) -> dict[str, str]:
+        return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in dataset.folder.iterdir()}
+
+    one = run(path, model, cache_dir=str(tmp_path / "one"), num_processes=1)
+    three = run(path, model, cache_dir=str(tmp_path / "three"), num_processes=3)
+    assert len(one.manifest["shards"]) == 5
+    assert digests(one) == digests(three)
+    assert one.folder.name == three.folder.name
+
+
+def test_second_run_reads_what_the_first_wrote(tmp_path: Path, model: ModelConfig) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", make_records(5))
+    folder = run(path, model).folder
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    again = run(path, model)
+    assert {file: file.stat().st_mtime_ns for file in again.folder.iterdir()} == before
+    path.write_text(path.read_text().replace("c0", "c00"))
+    assert run(path, model).folder != folder
+
+
+def test_stored_samples_are_those_of_the_input_in_order(tmp_path: Path, model: ModelConfig) -> None:
+    records = make_records(30)
+    dataset = run(write_jsonl(tmp_path / "x.jsonl", records), model)
+    assert [sample.conversation_id for sample in dataset] == [record["id"] for record in records]
+    assert dataset.lengths.tolist() == [len(sample.ids) for sample in dataset]
+    for sample, record in zip(dataset, records, strict=True):
+        assert [span.role for span in sample.spans] == [message["role"] for message in record["messages"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "no records"),
+        (b'{"messages": []}\n{"messages": [}\n', "x.jsonl:2:15"),
+        (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:30], "x.jsonl:2:"),
+        (json.dumps(GOOD).encode().replace(b"hi", b"h\xffi"), "x.jsonl:1:"),
+    ],
+)
+def test_broken_files_are_named_with_line_and_column(
+    tmp_path: Path, model: ModelConfig, content: bytes, where: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        run(path, model, on_bad_record="refuse")
+    assert where in str(caught.value)
+    assert not list((tmp_path / "prepared").glob("*.tmp")), "no half-written folder"
+
+
+BAD_RECORDS = [
+    ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
+    ({"messages": [{"role": "user", "content": None}]}, "no text"),
+    ({"messages": [{"role": "user", "content": [1]}]}, "no text"),
+    ({"messages": [{"content": "x"}]}, "unknown role"),
+    ({"messages": ["x"]}, "not a message"),
+    ({"messages": "x"}, "no messages"),
+    ({"messages": []}, "no messages"),
+    ({"text": "x"}, "unknown format"),
+    ([1, 2], "not a record"),
+    ({"prompt": "x", "completion": " "}, "empty answer"),
+    ({"prompt": "\ud800", "completion": "x"}, "broken text"),
+    (GOOD | {"tools": [{"type": "function"}]}, "tools"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD_RECORDS)
+def test_bad_records_are_refused_with_a_reason(record: Any, reason: str) -> None:
+    row = formats.Row(0, "x", "x.jsonl:1", json.dumps(record).encode())
+    with pytest.raises(preparing.RecordError) as caught:
+        formats.to_conversation(row)
+    assert caught.value.reason == reason
+
+
+def test_refused_records_are_counted_and_listed_or_stop_the_run(tmp_path: Path, model: ModelConfig) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, {"text": "x"}, {"messages": "x"}, GOOD, {"text": "y"}])
+    with pytest.raises(DataError, match=r"3 record\(s\)") as caught:
+        run(path, model)
+    assert "x.jsonl:2: unknown format" in str(caught.value)
+    dataset = run(path, model, on_bad_record="refuse")
+    assert len(dataset) == 2
+    assert dataset.manifest["num_refused"] == {"no messages": 1, "unknown format": 2}
+    listed = [json.loads(line) for line in (dataset.folder / "refused.jsonl").read_text().splitlines()]
+    assert [item["where"].rsplit("/", 1)[1] for item in listed] == ["x.jsonl:2", "x.jsonl:3", "x.jsonl:5"]
+
+
+def test_nothing_left_is_an_error_that_says_why(tmp_path: Path, model: ModelConfig) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "x"}])
+    with pytest.raises(DataError, match="1 unknown format"):
+        run(path, model, on_bad_record="refuse")
+
+
+@pytest.mark.parametrize(("name", "what"), [("missing.jsonl", "missing"), ("nowhere", "nowhere"), (".", "a folder")])
+def test_missing_sources_are_named(tmp_path: Path, model: ModelConfig, name: str, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        run(tmp_path / name, model)
+
+
+def test_unknown_kinds_of_file_are_named(tmp_path: Path, model: ModelConfig) -> None:
+    (tmp_path / "x.xlsx").write_text("x")
+    with pytest.raises(DataError, match="unknown kind of file"):
+        run(tmp_path / "x.xlsx", model)
+
+
+def test_damaged_shards_are_noticed(tmp_path: Path, model: ModelConfig) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", make_records(5))
+    shard = run(path, model).folder / "shard-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(DataError, match="wrong size"):
+        run(path, model)

@@ -1,0 +1,176 @@
+"""The main job through the command line on two ranks: train, stop, resume, export, score."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.end_to_end.conftest import Place
+from tests.helpers import oracle
+from tests.helpers.worlds import free_port, rank_environment
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_trains_evaluates_and_says_what_it_did(uninterrupted: Place) -> None:
+    steps = uninterrupted.steps("whole")
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    summary = json.loads((uninterrupted.folder / "whole" / "summary.json").read_text())
+    assert summary["heldout_nll_after"] < summary["heldout_nll_before"] - 0.3
+    assert summary["conversations"] == 40 and summary["ranks"] == 2
+    outcome = uninterrupted.outcome("whole")
+    assert (outcome["exit_code"], outcome["step"]) == (0, 6)
+    assert list((uninterrupted.folder / "whole" / "tensorboard").glob("events*"))
+
+
+def test_stopping_at_every_step_changes_no_bit(uninterrupted: Place) -> None:
+    """Dropout on, a step that does not divide over the ranks, the epoch's end inside the run."""
+    place = uninterrupted
+    for step in (1, 2, 3, 4, 5):
+        done = place.train("stopped", f"checkpoint.stop_at_step={step}")
+        assert [process.returncode for process in done] == [75, 75], done[0].stdout
+        assert place.outcome("stopped")["exit_code"] == 75
+    done = place.train("stopped")
+    assert [process.returncode for process in done] == [0, 0], done[0].stdout
+    assert "5 of 6 steps are done" in done[0].stdout
+    expected, found = place.state("whole", 6), place.state("stopped", 6)
+    assert expected.keys() == found.keys() and len(expected) > 6
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    losses = [entry["loss"] for entry in place.steps("whole")]
+    assert [entry["loss"] for entry in place.steps("stopped")] == losses
+
+
+def test_export_loads_in_plain_transformers_and_scores_the_same(uninterrupted: Place, tmp_path: Path) -> None:
+    place = uninterrupted
+    done = place.verb("export", str(place.folder / "whole"), "--output", str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = oracle.load(tmp_path / "model")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(place.folder / "model").chat_template
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    original = AutoModelForCausalLM.from_pretrained(place.folder / "model")
+    assert not torch.equal(model.transformer.wte.weight.float(), original.transformer.wte.weight)
+
+    one = place.verb("score", str(place.run_file), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "1"))
+    assert one.returncode == 0, one.stderr
+    from tests.helpers.worlds import run_ranks
+
+    arguments = ["score", str(place.run_file), "--model", str(place.folder / "whole"), "--output", str(tmp_path / "2")]
+    two = run_ranks(2, ["-m", "sft_dist", *arguments])
+    assert [process.returncode for process in two] == [0, 0], two[0].stdout
+    records = [json.loads(line) for line in (place.folder / "heldout.jsonl").read_text().splitlines()]
+    from_export, from_shards = ([json.loads(x) for x in (tmp_path / n).read_text().splitlines()] for n in "12")
+    assert [line["id"] for line in from_export] == [record["id"] for record in records]
+    for record, first, second in zip(records, from_export, from_shards, strict=True):
+        expected = oracle.turn_logprobs(model, tokenizer, record["messages"])
+        for line in (first, second):
+            assert [turn["num_tokens"] for turn in line["turns"]] == [count for count, _ in expected]
+            for turn, (_, value) in zip(line["turns"], expected, strict=True):
+                assert turn["logprob"] == pytest.approx(value, abs=1e-3, rel=1e-5)
+            assert line["logprob"] == pytest.approx(sum(turn["logprob"] for turn in line["turns"]))
+
+
+def test_generate_answers_alike_from_export_and_checkpoint(uninterrupted: Place, tmp_path: Path) -> None:
+    place = uninterrupted
+    assert place.verb("export", str(place.folder / "whole"), "--output", str(tmp_path / "m")).returncode == 0
+    common = ("--prompt", "the weather", "--max-new-tokens", "8")
+    answers = [place.verb("generate", "--model", str(m), *common) for m in (tmp_path / "m", place.folder / "whole")]
+    assert [answer.returncode for answer in answers] == [0, 0], answers[0].stderr
+    assert answers[0].stdout == answers[1].stdout
+
+
+def test_a_damaged_checkpoint_is_not_used_and_that_is_said(uninterrupted: Place) -> None:
+    place = uninterrupted
+    shutil.copytree(place.folder / "whole", place.folder / "damaged")
+    shard = next((place.folder / "damaged" / "checkpoints" / "step-00000006" / "shards").glob("*rank_1*optim*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = place.train("damaged")
+    assert [process.returncode for process in done] == [0, 0], done[0].stdout
+    assert "is damaged" in done[0].stdout and "resumed from" in done[0].stdout
+    assert [entry["loss"] for entry in place.steps("damaged")] == [entry["loss"] for entry in place.steps("whole")]
+    expected, found = place.state("whole", 6), place.state("damaged", 6)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_init_from_takes_weights_only(uninterrupted: Place) -> None:
+    place = uninterrupted
+    done = place.train("from", f"model.init_from={place.folder / 'whole'}", "schedule.max_steps=1", ranks=1)
+    assert done[0].returncode == 0, done[0].stdout
+    summary = json.loads((place.folder / "whole" / "summary.json").read_text())
+    started = json.loads((place.folder / "from" / "summary.json").read_text())
+    assert started["heldout_nll_before"] == pytest.approx(summary["heldout_nll_after"], abs=1e-5)
+    assert started["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "named"),
+    [
+        (["optimizer.learning_rate=1e-3"], 2, "optimizer.learning_rate: 0.005 in the checkpoint, 0.001 now"),
+        (["seed=4", "data.max_length=300"], 2, "seed: 3 in the checkpoint, 4 now"),
+        ([], 1, "written by 2 ranks, this run has 1"),
+        (["checkpoint.resume=never"], 2, "holds checkpoints"),
+    ],
+)
+def test_resuming_something_else_is_refused_by_name(
+    uninterrupted: Place, overrides: list[str], ranks: int, named: str
+) -> None:
+    done = uninterrupted.train("whole", *overrides, ranks=ranks)
+    assert {process.returncode for process in done} == {78}, done[0].stdout
+    assert named in done[0].stdout and "Traceback" not in done[0].stdout
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(place: Place) -> None:
+    port = free_port()
+    arguments = ["-m", "sft_dist", "train", str(place.run_file), f"run_dir={place.folder / 'signal'}"]
+    long = ["schedule.max_steps=100000", "schedule.epochs=100000", "evaluate.every=0"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *arguments, *long],
+            env=rank_environment(rank, 2, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _wait_for_steps(place.folder / "signal" / "metrics.jsonl", ranks)
+        # While one run holds the folder, a second one is refused.
+        second = place.train("signal", ranks=1)
+        assert second[0].returncode == 69 and "in use by another run" in second[0].stdout
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        output = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [75, 75], output[0]
+    outcome = place.outcome("signal")
+    assert outcome["reason"] == "stopped by SIGTERM"
+    assert outcome["checkpoint"].endswith(f"step-{outcome['step']:08d}")
+
+
+def _wait_for_steps(path: Path, ranks: list[Any]) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and all(rank.poll() is None for rank in ranks):
+        if path.exists() and path.read_text().count('"train"') >= 3:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run did not get to its third step")
+
+
+def test_broken_numbers_end_the_run_with_70_and_the_reason(place: Place) -> None:
+    done = place.train("broken", "optimizer.learning_rate=1e30", "schedule.warmup_fraction=0", "checkpoint.every=1")
+    assert {process.returncode for process in done} == {70}, done[0].stdout
+    assert "TrainingError: step" in done[0].stdout and "Traceback" not in done[0].stdout
+    assert place.outcome("broken")["exit_code"] == 70

@@ -1,0 +1,108 @@
+"""What the ranks of a test world compute; started by tests/helpers/worlds.py, one process a rank."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft_dist.config import BatchConfig, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
+from sft_dist.data.plan import Plan
+from sft_dist.data.prepare import prepare
+from sft_dist.distributed import collectives
+from sft_dist.distributed.world import World, find_world
+from sft_dist.model import engine as engines
+from sft_dist.model.batch import collate
+from sft_dist.session import close_session, open_session
+from sft_dist.train.evaluate import score_pack, scoring_packs
+from sft_dist.train.loop import weighted_nll
+
+MAX_LENGTH = 384
+
+
+def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
+    return RunConfig(
+        run_dir=str(folder / "run"),
+        model=ModelConfig(
+            path=case["model"],
+            attention=case.get("attention", "auto"),
+            gradient_checkpointing=case.get("gradient_checkpointing", True),
+        ),
+        data=DataConfig(
+            train=(case["data"],), max_length=MAX_LENGTH, cache_dir=str(folder / "prepared"), num_processes=1
+        ),
+        objective=ObjectiveConfig(train_on=case.get("train_on", "assistant")),
+        batch=BatchConfig(global_packs=case["global_packs"], packs_per_micro_batch=case.get("per_forward", 1)),
+        optimizer=OptimizerConfig(max_grad_norm=0.0),
+    )
+
+
+def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """The whole gradient and loss of step 0, and the conversations in it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    config = run_config(case, folder)
+    dataset = prepare(config.data.train, config.model, config.data)
+    plan = Plan(
+        dataset.lengths,
+        dataset.num_targets(config.objective.train_on),
+        max_length=MAX_LENGTH,
+        global_packs=config.batch.global_packs,
+        seed=config.seed,
+        epochs=1,
+    )
+    engine = engines.training_engine(config, world, None)
+    engine.train()
+    forwards = plan.micro_batches(
+        0, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
+    )
+    total = 0.0
+    for number, pack in enumerate(forwards):
+        batch = collate([dataset[index] for index in pack], config.objective.train_on)
+        nll = weighted_nll(engine.logprobs(batch), batch) / plan.denominator(0)
+        engine.backward(nll, is_last=number == len(forwards) - 1)
+        total += float(nll.detach())
+    gradients = {
+        name.removeprefix("model."): safe_get_full_grad(parameter).clone()
+        for name, parameter in engine._engine.module.named_parameters()
+    }
+    return {
+        "loss": collectives.all_sum([total])[0],
+        "gradients": gradients,
+        "samples": [index for pack in plan.packs(0) for index in pack],
+        "num_forwards": len(forwards),
+        "empty_forwards": sum(not pack for pack in forwards),
+    }
+
+
+def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, int, int, float]]:
+    """(sample, message, tokens, logprob) of every turn of the data set, packed."""
+    from sft_dist.data.plan import distribute
+
+    config = run_config(case, folder)
+    dataset = prepare(config.data.train, config.model, config.data)
+    engine = engines.inference_engine(config, world, None)
+    found = []
+    for pack in distribute(scoring_packs(dataset.lengths, MAX_LENGTH), world.rank, world.size, 2):
+        found += [(s.sample, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, dataset, pack, "assistant")]
+    return sorted(item for part in collectives.gather(found) for item in part)
+
+
+CASES = {"gradient": gradient, "scores": scores}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    world = find_world(os.environ)
+    open_session(world)
+    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
+        answer = CASES[case["case"]](case, folder, world)
+        if world.is_main:
+            torch.save(answer, folder / f"answer-{number}.pt")
+    close_session()
+
+
+if __name__ == "__main__":
+    main()

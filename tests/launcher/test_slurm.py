@@ -1,0 +1,151 @@
+"""train.sbatch, run as Slurm would run it, with stand-ins for the commands of Slurm."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, TIMEOUT_S, Launch
+
+SCRIPT = ROOT / "slurm" / "train.sbatch"
+
+# Each notes how it was called. srun runs one task, then ends as SRUN_CODE says, for it may kill tasks that end well.
+STAND_INS = {
+    "scontrol": """
+        case "$1 $2" in
+            "show hostnames") echo "${FAKE_HOST:-localhost}"; echo node2 ;;
+            "show node") echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.1.2.3 NodeHostName=$3 Version=22.05" ;;
+            requeue*) exit "${REQUEUE_CODE:-0}" ;;
+        esac""",
+    "srun": """
+        while [ "$1" != python ]; do shift; done
+        export RANK=0
+        if [ -z "${SRUN_CODE:-}" ]; then exec "$@"; fi
+        "$@"
+        exit "$SRUN_CODE" """,
+    "sleep": "",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    stdout: str
+    stderr: str
+    calls: str  # of the stand-ins, one a line
+    run_dir: Path
+
+    @property
+    def requeued(self) -> list[str]:
+        return [line.split()[-1] for line in self.calls.splitlines() if line.startswith("scontrol requeue")]
+
+
+def submit(
+    tmp_path: Path, *arguments: str, env: dict[str, str] | None = None, signum: signal.Signals | None = None
+) -> Result:
+    """Run the script to its end, sending it `signum` once rank 0 is up."""
+    programs, run_dir, package = tmp_path / "bin", tmp_path / "run folder", tmp_path / "sft_dist"
+    for folder in (programs, run_dir, package):
+        folder.mkdir()
+    for name, body in STAND_INS.items():
+        (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\n{body}\n')
+        (programs / name).chmod(0o755)
+    (programs / "python").symlink_to(sys.executable)
+    (package / "__init__.py").touch()
+    shutil.copy(Path(__file__).with_name("stub_rank.py"), package / "__main__.py")
+    (run_dir / "run.yaml").touch()
+    (run_dir / "go").touch()
+    (run_dir / "outcome.json").write_text('{"exit_code": 75, "reason": "of an earlier start", "step": 1}')
+    job = subprocess.Popen(
+        ["bash", str(SCRIPT), str(run_dir / "run.yaml"), *arguments],
+        cwd=tmp_path,
+        env={
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(tmp_path),
+            "CALLS": str(tmp_path / "calls"),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_CPUS_PER_TASK": "12",
+            **(env or {}),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if signum is not None:
+        Launch(job, run_dir).rank(0)
+        job.send_signal(signum)
+    stdout, stderr = job.communicate(timeout=TIMEOUT_S)
+    calls = tmp_path / "calls"
+    return Result(job.returncode, stdout, stderr, calls.read_text() if calls.exists() else "", run_dir)
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "env.example.sh"])
+def test_the_scripts_are_bash(name: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "slurm" / name)], check=True)
+
+
+def test_a_run_that_is_done_is_not_requeued(tmp_path: Path) -> None:
+    result = submit(tmp_path, "a=b c", "outcome=0")
+    assert (result.code, result.stderr, result.requeued) == (0, "", [])
+    assert f"python -m sft_dist train {result.run_dir}/run.yaml a=b c outcome=0" in result.calls
+    assert f"--kill-on-bad-exit=1 --wait=60 --open-mode=append --output={tmp_path}/slurm-logs/123456/rank-%t.log" in (
+        result.calls
+    )
+
+
+def test_the_ranks_are_told_where_rank_0_is(tmp_path: Path) -> None:
+    result = submit(tmp_path, env={"FAKE_HOST": "no-such-host.invalid"})
+    assert "master 10.1.2.3:23456" in result.stdout
+    assert '"MASTER_ADDR": "10.1.2.3"' in (result.run_dir / "rank-0.json").read_text()
+    assert '"MASTER_PORT": "23456"' in (result.run_dir / "rank-0.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [({}, "123456"), ({"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7"}, "99_7")],
+    ids=["job", "array element"],
+)
+def test_75_requeues_this_job_and_no_other(tmp_path: Path, array: dict[str, str], expected: str) -> None:
+    result = submit(tmp_path, "all=exit:75", env=array)
+    assert (result.code, result.requeued) == (75, [expected])
+    assert "sleep 60" in result.calls
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=lambda signum: signum.name)
+def test_a_signal_to_the_script_reaches_the_ranks_and_their_code_is_awaited(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
+    result = submit(tmp_path, "all=wait", signum=signum)
+    assert f"received ['{signum.name}']" in result.stdout
+    assert (result.code, result.requeued) == (75, ["123456"])
+
+
+def test_the_outcome_comes_before_the_code_of_srun(tmp_path: Path) -> None:
+    result = submit(tmp_path, "all=exit:75", "outcome=75", env={"SRUN_CODE": "137"})
+    assert (result.code, result.requeued) == (75, ["123456"])
+
+
+def test_the_outcome_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
+    result = submit(tmp_path, "all=exit:70")
+    assert (result.code, result.requeued) == (70, [])
+
+
+def test_the_restarts_have_an_end(tmp_path: Path) -> None:
+    result = submit(tmp_path, "all=exit:75", env={"SLURM_RESTART_COUNT": "3", "SFT_MAX_RESTARTS": "3"})
+    assert (result.code, result.requeued) == (75, [])
+    assert "not requeued" in result.stdout
+
+
+def test_a_refused_run_file_starts_no_rank(tmp_path: Path) -> None:
+    result = submit(tmp_path, "refuse=1")
+    assert result.code == 78
+    assert "ConfigError" in result.stderr and "srun" not in result.calls

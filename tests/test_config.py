@@ -1,0 +1,80 @@
+"""One YAML, all mistakes at once, nothing written to after load."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from sft_dist.config import TRANSLATIONS, explain, load_config
+from sft_dist.errors import ConfigError
+
+MINIMAL = "run_dir: runs/x\nmodel: {path: some/model}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_all_mistakes_are_named_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    text = (
+        "model: {path: m}\nbatch: {global_packs: 0}\noptimizer: {learning_rat: 1e-5}\n"
+        "num_train_epochs: 3\ndata: {overflow: cut}\nmax_length: 7\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    message = str(caught.value)
+    assert "6 mistake(s)" in message
+    assert "run_dir: required, but missing" in message
+    assert "batch.global_packs" in message and "(got 0)" in message
+    assert "optimizer.learning_rat: unknown key; did you mean optimizer.learning_rate?" in message
+    assert "num_train_epochs: unknown key; here that is schedule.epochs" in message
+    assert "data.overflow" in message and "'cut'" in message
+    assert "max_length: unknown key; did you mean data.max_length?" in message
+
+
+def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
+    overrides = ["optimizer.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "checkpoint.stop_at_step=3"]
+    config = load_config(write(tmp_path, MINIMAL + "optimizer: {learning_rate: 1e-5}\n"), overrides)
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.data.train == ("a.jsonl", "b.jsonl")
+    assert config.checkpoint.stop_at_step == 3
+
+
+@pytest.mark.parametrize("override", ["no_separator", "=3", "run_dir.x=1", "seed=[", "batch.global_packs=-1"])
+def test_bad_overrides_are_config_errors(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- a\n- b\n", "run_dir: [\n", MINIMAL + "optimizer: {learning_rate: .nan}\n", MINIMAL + "optimizer: {betas: [0.9, 1.0]}\n"],
+)
+def test_impossible_run_files_are_config_errors(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path, text))
+
+
+def test_config_is_frozen(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    with pytest.raises(ValidationError):
+        config.batch.global_packs = 3  # type: ignore[misc]
+
+
+def test_paths_are_taken_as_given_and_else_beside_the_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = tmp_path / "here"
+    beside.mkdir()
+    (beside / "train.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    config = load_config(write(beside, MINIMAL + "data: {train: train.jsonl, heldout: owner/name}\n"))
+    assert config.data.train == ("here/train.jsonl",)
+    assert config.data.heldout == ("owner/name",)
+
+
+def test_every_key_is_explained_and_every_translation_leads_to_a_key() -> None:
+    keys = {key for key, _, _ in explain()}
+    assert all(meaning for _, _, meaning in explain())
+    homes = {text.split(" ")[0].rstrip(":") for text in TRANSLATIONS.values()} - {"nothing"}
+    assert homes <= keys

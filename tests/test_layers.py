@@ -1,0 +1,99 @@
+"""The house stays as planned: who may import whom, and what stays free of torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each layer imports only from itself and from those before it.
+LAYERS = [
+    {"sft_dist", "sft_dist.errors", "sft_dist.config"},
+    {"sft_dist.data"},
+    {"sft_dist.distributed"},
+    {"sft_dist.model"},
+    {"sft_dist.session"},
+    {"sft_dist.train"},
+    {"sft_dist.preparation", "sft_dist.inspection", "sft_dist.training", "sft_dist.score", "sft_dist.export",
+     "sft_dist.generation"},
+    {"sft_dist.cli"},
+    {"sft_dist.__main__"},
+]  # fmt: skip
+KNOWS_DEEPSPEED = {"sft_dist/model/engine.py", "sft_dist/model/zero.py"}
+KNOWS_COLLECTIVES = {"sft_dist/distributed/world.py", "sft_dist/distributed/collectives.py", "sft_dist/session.py"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(module: str) -> int | None:
+    for number, names in enumerate(LAYERS):
+        for name in names:
+            if module == name or (name != "sft_dist" and module.startswith(name + ".")):
+                return number
+    return None
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "sft_dist").rglob("*.py"))
+
+
+def test_each_layer_imports_only_from_those_before_it() -> None:
+    wrong = []
+    for path in sources():
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        own = layer_of(module)
+        assert own is not None, f"{module} has no layer"
+        for name in imports(path):
+            other = layer_of(name)
+            if name.startswith("sft_dist") and other is not None and other > own:
+                wrong.append(f"{module} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("deepspeed", KNOWS_DEEPSPEED),
+        ("torch.distributed", KNOWS_COLLECTIVES | {"sft_dist/model/zero.py"}),
+        ("mpi4py", {"sft_dist/distributed/world.py"}),
+        ("launcher", {"sft_dist/cli.py"}),
+    ],
+)
+def test_a_package_is_known_to_few_modules(package: str, allowed: set[str]) -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(name == package or name.startswith(package + ".") for name in imports(path))
+    }
+    assert users <= allowed
+
+
+def test_data_layer_never_imports_torch_itself() -> None:
+    users = [path for path in (ROOT / "sft_dist" / "data").glob("*.py") if "torch" in imports(path)]
+    assert not users
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "sft_dist.config, sft_dist.errors, sft_dist.cli",
+        "sft_dist.data.conversation, sft_dist.data.formats, sft_dist.data.rendering, sft_dist.data.store, "
+        "sft_dist.data.prepare, sft_dist.data.packing, sft_dist.data.plan, sft_dist.data.sample",
+        "launcher.__main__",
+    ],
+)
+def test_importing_loads_no_torch(modules: str) -> None:
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

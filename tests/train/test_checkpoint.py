@@ -1,0 +1,136 @@
+"""A checkpoint is whole or absent, and what is not as its manifest says is never used."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft_dist.errors import ConfigError, StorageError
+from sft_dist.model.zero import safe_load
+from sft_dist.train import checkpoint
+from sft_dist.train.checkpoint import TrainState
+
+
+def make(run_dir: Path, step: int) -> Path:
+    folder = checkpoint.checkpoints_dir(run_dir) / f"step-{step:08d}"
+    (folder / "shards").mkdir(parents=True)
+    files: dict[str, Any] = {}
+    for rank in range(2):
+        content = f"shard of rank {rank} at step {step}".encode()
+        (folder / "shards" / f"r{rank}.pt").write_bytes(content)
+        files[f"shards/r{rank}.pt"] = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {"format": 1, "world_size": 2, "state": asdict(TrainState(step=step)), "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "shards" / "r1.pt"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "shards" / "r0.pt"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+
+
+def remove_a_shard(folder: Path) -> None:
+    (folder / "shards" / "r0.pt").unlink()
+
+
+def swap_shards(folder: Path) -> None:
+    first, second = folder / "shards" / "r0.pt", folder / "shards" / "r1.pt"
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+
+
+def mix_steps(folder: Path) -> None:
+    (folder / "shards" / "r0.pt").write_bytes(b"shard of rank 0 at step 1")
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def garble_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+FAULTS = [truncate, flip_a_bit, remove_a_shard, swap_shards, mix_steps, remove_manifest, garble_manifest]
+
+
+@pytest.mark.parametrize("damage", FAULTS)
+def test_damage_is_noticed_and_the_checkpoint_before_is_found(tmp_path: Path, damage: Any) -> None:
+    make(tmp_path, 1)
+    folder = make(tmp_path, 2)
+    assert checkpoint.find(tmp_path, "last").step == 2
+    damage(folder)
+    assert checkpoint.fault_of(folder, None) is not None
+    assert checkpoint.find(tmp_path, "last").step == 1
+    with pytest.raises(StorageError):
+        checkpoint.find(tmp_path, "2")
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 9}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="format 9"):
+        checkpoint.read(folder)
+
+
+def test_find_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        checkpoint.find(tmp_path, "last")
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    assert checkpoint.find(tmp_path, "best-or-last").step == 3
+    with pytest.raises(ConfigError, match="best"):
+        checkpoint.find(tmp_path, "best")
+    checkpoint.mark_best(tmp_path, 2, 1.5)
+    assert checkpoint.find(tmp_path, "best").step == 2
+    assert checkpoint.find(tmp_path, "best-or-last").step == 2
+    assert checkpoint.find(tmp_path, "1").step == 1
+    with pytest.raises(ConfigError, match="expected best, last or a step"):
+        checkpoint.find(tmp_path, "newest")
+
+
+def test_eviction_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        make(tmp_path, step)
+    checkpoint.evict(tmp_path, keep=2, protected=[2])
+    assert sorted(path.name[-1] for path in checkpoint.checkpoints_dir(tmp_path).iterdir()) == ["2", "4", "5"]
+
+
+def test_temporaries_of_killed_saves_are_swept(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    left = checkpoint.checkpoints_dir(tmp_path) / ".tmp-step-00000002"
+    left.mkdir()
+    (left / "half").write_text("x")
+    checkpoint.sweep_temporaries(tmp_path)
+    assert [path.name for path in checkpoint.checkpoints_dir(tmp_path).iterdir()] == ["step-00000001"]
+
+
+class _Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (self.path,))
+
+
+def test_a_planted_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    shard, marker = tmp_path / "shard.pt", tmp_path / "marker"
+    torch.save({"optimizer_state_dict": _Bomb(str(marker))}, shard)
+    for mmap in (True, False):
+        with pytest.raises(StorageError):
+            safe_load(shard, mmap=mmap)
+    assert not marker.exists()
