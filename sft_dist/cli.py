@@ -163,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_file_verb(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str) -> argparse.ArgumentParser:
+def _run_file_verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
+) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=text)
     verb.add_argument("run_file", metavar="RUN_YAML")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run file")

@@ -45,8 +45,8 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(
-        f"exported step {checkpoint.step:,} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, shapes, values "
-        f"and ties verified; probe log-probs equal the sharded model's to {difference:.1e}"
+        f"exported step {checkpoint.step:,} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, shapes, "
+        f"values and ties verified; probe log-probs equal the sharded model's to {difference:.1e}"
     )
     return ExitCode.DONE
 
@@ -148,4 +148,3 @@ def _verify(checkpoint: Checkpoint, folder: Path, dtype: str, trust: bool) -> fl
             f"export: the probe's log-probs differ from the sharded model's by {difference:.3g} (allowed {bound:.3g})"
         )
     return difference
-

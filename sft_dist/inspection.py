@@ -29,7 +29,9 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
     for sample in _chosen(dataset, conversation_id, num):
         turns = target_turns(sample, config.objective.train_on)
         trained = int((turns >= 0).sum())
-        print(f"── {sample.conversation_id} ({sample.source}): {len(sample.ids):,} tokens, {trained:,} trained", file=out)
+        print(
+            f"── {sample.conversation_id} ({sample.source}): {len(sample.ids):,} tokens, {trained:,} trained", file=out
+        )
         print(_marked(backend, sample, turns >= 0, marks, grey=out.isatty()), file=out)
         for span in sample.spans:
             own = int((turns == span.message).sum())

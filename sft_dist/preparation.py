@@ -112,9 +112,7 @@ def say_left_out(dataset: PreparedDataset, config: RunConfig) -> None:
 def _apply_overflow(dataset: PreparedDataset, config: RunConfig) -> None:
     long = too_long(dataset, config.data.max_length)
     if long and config.data.overflow == "error":
-        first: Sequence[str] = [
-            f"  {dataset[n].conversation_id}: {dataset.lengths[n]:,} tokens" for n in long[:_NAMED]
-        ]
+        first: Sequence[str] = [f"  {dataset[n].conversation_id}: {dataset.lengths[n]:,} tokens" for n in long[:_NAMED]]
         raise DataError(
             f"{len(long):,} conversation(s) are longer than data.max_length ({config.data.max_length:,}):\n"
             + "\n".join(first)
@@ -125,4 +123,3 @@ def _apply_overflow(dataset: PreparedDataset, config: RunConfig) -> None:
 def _refused(dataset: PreparedDataset) -> list[dict[str, str]]:
     with open(dataset.folder / REFUSED, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-

@@ -148,7 +148,8 @@ def _say_summary(dataset: PreparedDataset, lines: list[dict[str, Any]], output: 
     tokens = sum(count for _, count in by_turn.values())
     left_out = sum("left_out" in line for line in lines)
     print(
-        f"scored {len(lines) - left_out:,} conversations, {int(tokens):,} tokens: NLL {nll / max(tokens, 1):.4f} per token"
+        f"scored {len(lines) - left_out:,} conversations, {int(tokens):,} tokens: "
+        f"NLL {nll / max(tokens, 1):.4f} per token"
     )
     for turn, (total, count) in sorted(by_turn.items())[:5]:
         print(f"  turn {turn}: {int(count):,} tokens, NLL {total / count:.4f}")

@@ -50,7 +50,13 @@ def test_bad_overrides_are_config_errors(tmp_path: Path, override: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "- a\n- b\n", "run_dir: [\n", MINIMAL + "optimizer: {learning_rate: .nan}\n", MINIMAL + "optimizer: {betas: [0.9, 1.0]}\n"],
+    [
+        "",
+        "- a\n- b\n",
+        "run_dir: [\n",
+        MINIMAL + "optimizer: {learning_rate: .nan}\n",
+        MINIMAL + "optimizer: {betas: [0.9, 1.0]}\n",
+    ],
 )
 def test_impossible_run_files_are_config_errors(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError):

@@ -85,7 +85,9 @@ def to_conversation(row: Row) -> Conversation:
         messages = _side(record["prompt"], "prompt", "user") + _side(record["completion"], "completion", "assistant")
     else:
         fields = ", ".join(sorted(map(str, record))) or "none"
-        raise RecordError("unknown format", f"expected `messages`, or `prompt` and `completion`; fields found: {fields}")
+        raise RecordError(
+            "unknown format", f"expected `messages`, or `prompt` and `completion`; fields found: {fields}"
+        )
     if record.get("tools"):
         raise RecordError("tools", "the record offers tools; tool calls cannot be rendered yet")
     check_messages(messages)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ def load_renderer(model_path: str, chat_template: str | None, *, trust_remote_co
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"model.path: {model_path}: no tokenizer can be loaded from there: {first_line}") from error
+    if not tokenizer.vocab_size:
+        # Without any tokenizer file transformers makes an empty one in silence.
+        raise ConfigError(f"model.path: {model_path}: no tokenizer there (an empty vocabulary); its files are missing")
     if not tokenizer.is_fast:
         raise ConfigError(f"model.path: {model_path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
     if tokenizer.eos_token is None:
@@ -196,9 +200,7 @@ def _without_control_text(
     found = [text for text in texts if text and text in written]
     if not found:
         return [{"role": m.role, "content": m.content} for m in conversation.messages], {}
-    base = next(
-        (b for b in _STAND_IN_BASES if not any(b <= ord(c) < b + _STAND_INS_PER_BASE for c in written)), None
-    )
+    base = next((b for b in _STAND_IN_BASES if not any(b <= ord(c) < b + _STAND_INS_PER_BASE for c in written)), None)
     if base is None or len(found) > _STAND_INS_PER_BASE:
         raise RecordError("private-use text", "it has control-token text and characters of both private-use planes")
     stand_in_of = {text: chr(base + i) for i, text in enumerate(found)}
@@ -274,7 +276,7 @@ def _pieces(layout: _Layout) -> list[_Piece]:
             cuts |= {begin, begin + 1}
     edges = sorted(cuts)
     pieces = []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         text = layout.text[begin:end]
         kind = "stand-in" if text in layout.stand_ins else "text" if begin == 0 else "middle"
         pieces.append(_Piece(begin, text, kind))
@@ -295,9 +297,7 @@ def _verified_sample(renderer: Renderer, layout: _Layout, tokens: _Tokens) -> Sa
         _check_decodes(renderer, layout, tokens, number, output_start, output_end)
         spans.append(Span(number, message.role, start, output_start, output_end, end))
         turns.append(number)
-    return Sample(
-        conversation.id, conversation.index, conversation.source, tokens.ids, tuple(spans), tuple(turns)
-    )
+    return Sample(conversation.id, conversation.index, conversation.source, tokens.ids, tuple(spans), tuple(turns))
 
 
 def _token_at(tokens: _Tokens, character: int, number: int) -> int:

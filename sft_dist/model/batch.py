@@ -53,7 +53,8 @@ def collate(samples: Sequence[Sample], train_on: TrainOn) -> Batch:
     """Lay samples end to end. No sample at all gives one token without a target: a forward that trains nothing."""
     if not samples:
         return _empty()
-    ids, targets, turn_ids, positions, turns = [], [], [], [], []
+    ids, targets, turn_ids, positions = [], [], [], []
+    turns: list[tuple[int, int]] = []
     for number, sample in enumerate(samples):
         messages = target_turns(sample, train_on)
         predicted = np.append(messages[1:], -1)

@@ -69,7 +69,9 @@ def resolve_deepspeed_config(config: RunConfig) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         shipped = ", ".join(sorted(file.stem for file in deepspeed_folder().glob("*.json")))
-        raise ConfigError(f"deepspeed: {config.deepspeed}: no such file, and not one of those shipped: {shipped}") from None
+        raise ConfigError(
+            f"deepspeed: {config.deepspeed}: no such file, and not one of those shipped: {shipped}"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"deepspeed: {path}: not a readable JSON file: {error}") from None
     for key, home in _DECIDED_BY_RUN_FILE.items():

@@ -130,7 +130,10 @@ def read(folder: Path) -> Checkpoint:
 
 
 def find(run_dir: Path, which: str) -> Checkpoint:
-    """The checkpoint named `best`, `last`, `best-or-last` or a step number; checked file by file. Raises ConfigError, StorageError."""
+    """The checkpoint named `best`, `last`, `best-or-last` or a step number, checked file by file.
+
+    Raises ConfigError for a name that leads nowhere, StorageError for a damaged checkpoint.
+    """
     parent = checkpoints_dir(run_dir)
     steps = sorted(parent.glob("step-*"))
     if not steps:

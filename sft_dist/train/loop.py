@@ -213,16 +213,17 @@ class Run:
         if self._saved_step == self.state.step:
             return
         started = time.monotonic()
-        record = {"samples": [s.ids.tolist() for s in self._probe], "logprobs": probe.logprobs(self.engine, self._probe)}
+        record = {
+            "samples": [s.ids.tolist() for s in self._probe],
+            "logprobs": probe.logprobs(self.engine, self._probe),
+        }
         saved = checkpoint.save(
             self._run_dir, self.state, self.world, self.engine.save, self._facts | {"probe": record}
         )
         self._saved_step = self.state.step
         if self.world.is_main:
             best = checkpoint.best_step(self._run_dir)
-            checkpoint.evict(
-                self._run_dir, keep=self.config.checkpoint.keep, protected=[] if best is None else [best]
-            )
+            checkpoint.evict(self._run_dir, keep=self.config.checkpoint.keep, protected=[] if best is None else [best])
         self.metrics.say(f"checkpoint {saved.folder} in {time.monotonic() - started:.1f} s")
 
     def _advice(self) -> str:

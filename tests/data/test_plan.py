@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 from sft_dist.data.plan import Plan, distribute
 
 
-def make_plan(num: int = 57, *, global_packs: int = 6, epochs: int = 2, seed: int = 0, max_steps: int | None = None) -> Plan:
+def make_plan(
+    num: int = 57, *, global_packs: int = 6, epochs: int = 2, seed: int = 0, max_steps: int | None = None
+) -> Plan:
     rng = np.random.default_rng(1)
     lengths = rng.integers(3, 40, num)
     targets = np.minimum(rng.integers(0, 10, num), lengths - 1)

@@ -9,7 +9,8 @@ from sft_dist.errors import ClusterError
     [
         ({}, World(0, 1, 0, 1, "127.0.0.1", 0, "nothing")),
         (
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n0", "MASTER_PORT": "7"},
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n0",
+             "MASTER_PORT": "7"},
             World(3, 4, 1, 2, "n0", 7, "torchrun-like"),
         ),
         (

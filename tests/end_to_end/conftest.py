@@ -30,7 +30,12 @@ class Place:
     def verb(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in rank_environment(0, 1, 0).items() if not k.startswith(("RANK", "WORLD", "LOCAL_"))}
         return subprocess.run(
-            [sys.executable, "-m", "sft_dist", *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120
+            [sys.executable, "-m", "sft_dist", *arguments],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     def steps(self, run: str) -> list[dict[str, Any]]:

@@ -73,7 +73,9 @@ def test_one_message_and_the_documented_code(bad: Place, overrides: list[str], c
     assert "Traceback" not in done.stderr
     assert done.stderr.count("Error: ") == 1
     prepared = bad.folder / "prepared"
-    assert not list(prepared.glob("*.tmp")) and all((p / "manifest.json").exists() for p in prepared.glob("*[!k]") if p.is_dir())
+    assert not list(prepared.glob("*.tmp")) and all(
+        (p / "manifest.json").exists() for p in prepared.glob("*[!k]") if p.is_dir()
+    )
 
 
 def test_a_fault_on_every_rank_ends_every_rank(bad: Place) -> None:

@@ -45,7 +45,9 @@ def build_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def build_model(folder: Path, family: str = "llama", *, dropout: float = 0.0, seed: int = 0, context: int = 512) -> Path:
+def build_model(
+    folder: Path, family: str = "llama", *, dropout: float = 0.0, seed: int = 0, context: int = 512
+) -> Path:
     """Write a random model of one family with its tokenizer to `folder` and return it."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()

@@ -86,7 +86,9 @@ def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, 
     engine = engines.inference_engine(config, world, None)
     found = []
     for pack in distribute(scoring_packs(dataset.lengths, MAX_LENGTH), world.rank, world.size, 2):
-        found += [(s.sample, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, dataset, pack, "assistant")]
+        found += [
+            (s.sample, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, dataset, pack, "assistant")
+        ]
     return sorted(item for part in collectives.gather(found) for item in part)
 
 

@@ -90,10 +90,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield start_one
     for launch in launches:
         launch.process.kill()
-        launch.process.communicate()
     strays = [int(pid) for file in run_dir.glob("rank-*.json") for pid in json.loads(file.read_text())["pids"]]
-    sessions = {process.session for process in all_processes() if process.pid in strays}
-    kill_sessions(sessions, timeout_s=TIMEOUT_S)
+    kill_sessions({process.session for process in all_processes() if process.pid in strays}, timeout_s=TIMEOUT_S)
+    for launch in launches:
+        launch.process.communicate(timeout=TIMEOUT_S)  # after the strays, which hold the other end of its pipes
 
 
 def assert_gone(pids: list[int], *, within_s: float = 0.0, zombies_allowed: bool = False) -> None:
