@@ -8,8 +8,6 @@ from typing import Any
 
 _WORDS = ["the", "weather", "in", "Paris", "is", "fine", "but", "please", "tell", "a", "joke", "42"]
 _WORDS += ["rain", "dogs", "ü", "¿", "日本", "🙂"]
-    ["the", "weather", "in", "Paris", "is", "fine", "today", "but", "rain", "may", "come", "and", "please", "tell", "me", "a", "joke", "about", "42", "dogs", "ü", "¿", "日本", "🙂"]
-)
 
 
 def make_records(num: int, *, seed: int = 0, max_turns: int = 4, max_words: int = 12) -> list[dict[str, Any]]:
