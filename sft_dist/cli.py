@@ -36,12 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
         traceback.print_exc()
         _leave(ExitCode.BUG)
-    sys.stdout.flush()
-    sys.exit(int(code))
+    _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """On the way out of an error nothing may wait for other ranks, and process groups do at interpreter exit."""
+    """Leave without the interpreter's shutdown.
+
+    After an error, process groups would wait there for other ranks; after a success, their threads have been seen to
+    abort a rank whose peer had already gone.
+    """
     try:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -147,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", help="write a checkpoint as safetensors that plain transformers loads")
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("--output", required=True, help="folder to write")
-    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the base model")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the precision of training"
+    )
     _checkpoint_option(export)
     generate = verbs.add_parser("generate", help="answer a prompt")
     generate.add_argument("--model", required=True, help="model folder, Hub id or run folder")

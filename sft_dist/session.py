@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, start
@@ -27,9 +26,11 @@ def open_session(world: World) -> None:
 
 
 def close_session() -> None:
-    """No rank leaves before the others: launchers kill the rest at the first exit that is not 0."""
+    """No rank leaves before the others have done their work: launchers kill the rest at the first exit that is not 0.
+
+    The group is not destroyed: the process ends right after (cli), and destroying waits for peers that may be gone.
+    """
     collectives.barrier()
-    dist.destroy_process_group()
 
 
 def print_from_main(world: World) -> Callable[[str], None]:

@@ -23,7 +23,7 @@ LAYERS = [
     {"sft_dist.__main__"},
 ]  # fmt: skip
 KNOWS_DEEPSPEED = {"sft_dist/model/engine.py", "sft_dist/model/zero.py"}
-KNOWS_COLLECTIVES = {"sft_dist/distributed/world.py", "sft_dist/distributed/collectives.py", "sft_dist/session.py"}
+KNOWS_COLLECTIVES = {"sft_dist/distributed/world.py", "sft_dist/distributed/collectives.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -11,6 +11,7 @@ from sft_dist import __version__
 from sft_dist.config import RunConfig, flatten
 from sft_dist.data.store import PreparedDataset
 from sft_dist.errors import ConfigError
+from sft_dist.model.engine import compute_dtype
 from sft_dist.train.checkpoint import Checkpoint
 
 # Keys of the run file that change which numbers a run computes. All others may change between stop and resume.
@@ -26,6 +27,7 @@ def facts(config: RunConfig, dataset: PreparedDataset, model_config: Any) -> dic
     model = {key: value for key, value in tree.items() if key not in _NOT_MATHEMATICS}
     return {
         "config": flatten(config.model_dump(mode="json")),
+        "dtype": str(compute_dtype(config.model)).removeprefix("torch."),
         "data": dataset.folder.name,  # content-addressed
         "template": dataset.manifest["template"],
         "stop_ids": dataset.manifest["stop_ids"],

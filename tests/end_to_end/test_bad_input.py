@@ -78,6 +78,13 @@ def test_one_message_and_the_documented_code(bad: Place, overrides: list[str], c
     )
 
 
+def test_new_parameters_may_start_at_random_where_they_are_named(bad: Place) -> None:
+    overrides = [f"model.path={bad.folder}/deeper", "model.allow_new_parameters=['transformer.h.3.*']"]
+    arguments = ["train", str(bad.run_file), f"run_dir={bad.folder / 'deeper_run'}", "schedule.max_steps=1"]
+    done = bad.verb(*arguments, *overrides)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_fault_on_every_rank_ends_every_rank(bad: Place) -> None:
     arguments = ["-m", "sft_dist", "train", str(bad.run_file), f"run_dir={bad.folder / 'two'}"]
     done = run_ranks(2, [*arguments, f"data.train={bad.folder}/broken.jsonl"], timeout_s=60)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.end_to_end.conftest import Place
 from tests.helpers import oracle
-from tests.helpers.worlds import free_port, rank_environment
+from tests.helpers.worlds import free_port, rank_environment, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -38,11 +38,11 @@ def test_stopping_at_every_step_changes_no_bit(uninterrupted: Place) -> None:
     place = uninterrupted
     for step in (1, 2, 3, 4, 5):
         done = place.train("stopped", f"checkpoint.stop_at_step={step}")
-        assert [process.returncode for process in done] == [75, 75], done[0].stdout
+        assert [process.returncode for process in done] == [75, 75], _said(done)
         assert place.outcome("stopped")["exit_code"] == 75
     done = place.train("stopped")
-    assert [process.returncode for process in done] == [0, 0], done[0].stdout
-    assert "5 of 6 steps are done" in done[0].stdout
+    assert [process.returncode for process in done] == [0, 0], _said(done)
+    assert "5 of 6 steps are done" in _said(done)
     expected, found = place.state("whole", 6), place.state("stopped", 6)
     assert expected.keys() == found.keys() and len(expected) > 6
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -62,11 +62,9 @@ def test_export_loads_in_plain_transformers_and_scores_the_same(uninterrupted: P
 
     one = place.verb("score", str(place.run_file), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "1"))
     assert one.returncode == 0, one.stderr
-    from tests.helpers.worlds import run_ranks
-
     arguments = ["score", str(place.run_file), "--model", str(place.folder / "whole"), "--output", str(tmp_path / "2")]
     two = run_ranks(2, ["-m", "sft_dist", *arguments])
-    assert [process.returncode for process in two] == [0, 0], two[0].stdout
+    assert [process.returncode for process in two] == [0, 0], _said(two)
     records = [json.loads(line) for line in (place.folder / "heldout.jsonl").read_text().splitlines()]
     from_export, from_shards = ([json.loads(x) for x in (tmp_path / n).read_text().splitlines()] for n in "12")
     assert [line["id"] for line in from_export] == [record["id"] for record in records]
@@ -77,6 +75,18 @@ def test_export_loads_in_plain_transformers_and_scores_the_same(uninterrupted: P
             for turn, (_, value) in zip(line["turns"], expected, strict=True):
                 assert turn["logprob"] == pytest.approx(value, abs=1e-3, rel=1e-5)
             assert line["logprob"] == pytest.approx(sum(turn["logprob"] for turn in line["turns"]))
+
+
+def test_export_in_another_precision_is_the_rounded_checkpoint(uninterrupted: Place, tmp_path: Path) -> None:
+    place = uninterrupted
+    for name, extra in (("exact", ()), ("rounded", ("--dtype", "bfloat16"))):
+        done = place.verb("export", str(place.folder / "whole"), "--output", str(tmp_path / name), *extra)
+        assert done.returncode == 0, done.stderr
+    assert "rounding from float32 to bfloat16" in done.stderr
+    exact, rounded = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("exact", "rounded"))
+    assert rounded.dtype == torch.bfloat16
+    for (_, first), (_, second) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
+        assert torch.equal(first.bfloat16(), second)
 
 
 def test_generate_answers_alike_from_export_and_checkpoint(uninterrupted: Place, tmp_path: Path) -> None:
@@ -96,8 +106,8 @@ def test_a_damaged_checkpoint_is_not_used_and_that_is_said(uninterrupted: Place)
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     done = place.train("damaged")
-    assert [process.returncode for process in done] == [0, 0], done[0].stdout
-    assert "is damaged" in done[0].stdout and "resumed from" in done[0].stdout
+    assert [process.returncode for process in done] == [0, 0], _said(done)
+    assert "is damaged" in done[0].stdout and "resumed from" in _said(done)
     assert [entry["loss"] for entry in place.steps("damaged")] == [entry["loss"] for entry in place.steps("whole")]
     expected, found = place.state("whole", 6), place.state("damaged", 6)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -106,7 +116,7 @@ def test_a_damaged_checkpoint_is_not_used_and_that_is_said(uninterrupted: Place)
 def test_init_from_takes_weights_only(uninterrupted: Place) -> None:
     place = uninterrupted
     done = place.train("from", f"model.init_from={place.folder / 'whole'}", "schedule.max_steps=1", ranks=1)
-    assert done[0].returncode == 0, done[0].stdout
+    assert done[0].returncode == 0, _said(done)
     summary = json.loads((place.folder / "whole" / "summary.json").read_text())
     started = json.loads((place.folder / "from" / "summary.json").read_text())
     assert started["heldout_nll_before"] == pytest.approx(summary["heldout_nll_after"], abs=1e-5)
@@ -126,8 +136,8 @@ def test_resuming_something_else_is_refused_by_name(
     uninterrupted: Place, overrides: list[str], ranks: int, named: str
 ) -> None:
     done = uninterrupted.train("whole", *overrides, ranks=ranks)
-    assert {process.returncode for process in done} == {78}, done[0].stdout
-    assert named in done[0].stdout and "Traceback" not in done[0].stdout
+    assert {process.returncode for process in done} == {78}, _said(done)
+    assert named in done[0].stdout and "Traceback" not in _said(done)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(place: Place) -> None:
@@ -160,6 +170,12 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(place: Place) -> None:
     assert outcome["checkpoint"].endswith(f"step-{outcome['step']:08d}")
 
 
+def _said(ranks: list[subprocess.CompletedProcess[str]]) -> str:
+    return "\n".join(
+        f"--- rank {n}, exit code {rank.returncode}\n{rank.stdout[-3000:]}" for n, rank in enumerate(ranks)
+    )
+
+
 def _wait_for_steps(path: Path, ranks: list[Any]) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and all(rank.poll() is None for rank in ranks):
@@ -171,6 +187,6 @@ def _wait_for_steps(path: Path, ranks: list[Any]) -> None:
 
 def test_broken_numbers_end_the_run_with_70_and_the_reason(place: Place) -> None:
     done = place.train("broken", "optimizer.learning_rate=1e30", "schedule.warmup_fraction=0", "checkpoint.every=1")
-    assert {process.returncode for process in done} == {70}, done[0].stdout
-    assert "TrainingError: step" in done[0].stdout and "Traceback" not in done[0].stdout
+    assert {process.returncode for process in done} == {70}, _said(done)
+    assert "TrainingError: step" in done[0].stdout and "Traceback" not in _said(done)
     assert place.outcome("broken")["exit_code"] == 70

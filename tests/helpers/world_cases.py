@@ -28,6 +28,7 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
         model=ModelConfig(
             path=case["model"],
             attention=case.get("attention", "auto"),
+            dtype=case.get("dtype", "auto"),
             gradient_checkpointing=case.get("gradient_checkpointing", True),
         ),
         data=DataConfig(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.processes import all_processes, kill_sessions
+from launcher.processes import all_processes, kill_sessions, send_signal
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60.0
@@ -91,7 +91,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for launch in launches:
         launch.process.kill()
     strays = [int(pid) for file in run_dir.glob("rank-*.json") for pid in json.loads(file.read_text())["pids"]]
-    kill_sessions({process.session for process in all_processes() if process.pid in strays}, timeout_s=TIMEOUT_S)
+    # Never our own session, in which ranks of a broken launcher would be: it may be that of the person at the keyboard.
+    sessions = {process.session for process in all_processes() if process.pid in strays} - {os.getsid(0)}
+    kill_sessions(sessions, timeout_s=TIMEOUT_S)
+    send_signal(strays, signal.SIGKILL)
     for launch in launches:
         launch.process.communicate(timeout=TIMEOUT_S)  # after the strays, which hold the other end of its pipes
 

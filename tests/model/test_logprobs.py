@@ -1,0 +1,128 @@
+"""Log-probs of targets without ever holding all logits, in one process on a plain model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sft_dist.data.sample import Sample, Span
+from sft_dist.errors import ConfigError
+from sft_dist.model import attention, logprobs
+from sft_dist.model.attention import SPLIT, choose_attention
+from sft_dist.model.batch import IGNORE, Batch, collate
+from sft_dist.model.logprobs import TokenLogprobs
+from tests.helpers.models import FAMILIES, build_model
+
+
+def sample(length: int, *, seed: int = 0) -> Sample:
+    ids = np.random.default_rng(seed).integers(3, 300, length).astype(np.int32)
+    half = length // 2
+    spans = (Span(0, "user", 0, 0, half, half), Span(1, "assistant", half, half + 2, length - 1, length))
+    return Sample(f"s{seed}", seed, "test", ids, spans, (1,))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def load(folder: Path, family: str, implementation: str) -> torch.nn.Module:
+    attention.register()
+    path = folder / family
+    if not path.exists():
+        build_model(path, family)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, attn_implementation=implementation
+    ).eval()
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", [SPLIT, "sdpa", "eager"])
+def test_packed_logprobs_and_gradients_equal_each_sample_alone(
+    folder: Path, family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 7)
+    samples = [sample(length, seed=length) for length in (30, 4, 17, 41)]
+    packed_model = TokenLogprobs(load(folder, family, implementation))
+    packed = packed_model(collate(samples, "assistant"))
+    packed.sum().backward()
+    alone_model = load(folder, family, "eager")
+    alone = []
+    for item in samples:
+        ids = torch.from_numpy(item.ids.astype(np.int64))
+        rows = alone_model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+        span = item.spans[1]
+        alone += [rows[t - 1, ids[t]] for t in range(span.output_start, span.output_end)]
+    torch.stack(alone).sum().backward()
+    assert torch.allclose(packed.double(), torch.stack(alone), atol=1e-5)  # log-probs are kept in float32
+    expected = dict(alone_model.named_parameters())
+    for name, parameter in packed_model.model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_no_more_than_one_chunk_of_logits_exists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 8)
+    model = load(folder, "llama", SPLIT)
+    head, rows_seen = model.get_output_embeddings(), []
+    project = head.forward
+    head.forward = lambda hidden: rows_seen.append(len(hidden)) or project(hidden)
+    wrapped = TokenLogprobs(model)
+    batch = collate([sample(60)], "all")
+    wrapped(batch).sum().backward()
+    forwards = rows_seen[: len(rows_seen) // 2]
+    assert max(rows_seen) == 8 and sum(forwards) == batch.num_targets == 59
+
+
+def test_a_batch_without_targets_gives_a_connected_zero(folder: Path) -> None:
+    wrapped = TokenLogprobs(load(folder, "qwen2", SPLIT))
+    for batch in (collate([], "assistant"), without_targets(collate([sample(9)], "assistant"))):
+        result = wrapped(batch)
+        assert result.shape == (0,)
+        result.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in wrapped.parameters() if p.requires_grad)
+
+
+def without_targets(batch: Batch) -> Batch:
+    from dataclasses import replace
+
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORE), weights=torch.zeros_like(batch.weights))
+
+
+def test_collate_shifts_once_and_restarts_positions() -> None:
+    first, second = sample(8, seed=1), sample(8, seed=2)
+    batch = collate([first, second], "assistant")
+    assert batch.cu_seqlens.tolist() == [0, 8, 16] and batch.lengths == (8, 8)
+    assert batch.position_ids[0].tolist() == [*range(8), *range(8)]
+    rows = (batch.targets[0] != IGNORE).nonzero()[:, 0].tolist()
+    # Outputs: token 6 of the first sample, token 6 of the second: each is predicted one position earlier.
+    assert rows == [5, 8 + 5]
+    assert batch.weights[0].tolist() == [1.0 if row in rows else 0.0 for row in range(16)]
+    for row in rows:
+        assert batch.targets[0, row] == batch.input_ids[0, row + 1]
+    assert batch.targets[0, 7] == IGNORE, "no target crosses from one sample to the next"
+    assert batch.turns == ((0, 1), (1, 1))
+    assert [batch.turn_ids[0, row].item() for row in rows] == [0 if row < 8 else 1 for row in rows]
+
+
+def test_models_that_need_more_than_isolated_causal_attention_are_seen() -> None:
+    def config(model_type: str, **values: object) -> object:
+        return AutoConfig.for_model(model_type, **values)
+
+    assert choose_attention(config("llama"), "auto", 4096) == SPLIT
+    assert choose_attention(config("mistral", sliding_window=512), "auto", 4096) == "sdpa"
+    assert choose_attention(config("mistral", sliding_window=512), "auto", 512) == SPLIT
+    assert choose_attention(config("qwen2", use_sliding_window=False, sliding_window=8), "auto", 4096) == SPLIT
+    assert choose_attention(config("gemma2"), "auto", 64) == "eager"
+    assert choose_attention(config("llama"), "eager", 64) == "eager"
+    with pytest.raises(ConfigError, match="linear_attention"):
+        choose_attention(config("qwen3_next"), "auto", 64)
+
+
+def test_split_refuses_what_it_cannot_honour() -> None:
+    q = torch.zeros(1, 2, 4, 8)
+    for option in ({"softcap": 1.0}, {"s_aux": q}, {"sliding_window": 3}):
+        with pytest.raises(ConfigError, match=next(iter(option))):
+            attention.split_attention(torch.nn.Module(), q, q, q, None, **option)
