@@ -5,16 +5,19 @@ change logits after the head in a way logprobs.py does not know.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from sft_dist.data.sample import Int32, Sample
+from sft_dist.data.sample import Int32, Sample, Span
 from sft_dist.data.store import PreparedDataset
 from sft_dist.errors import ConfigError
 from sft_dist.model.batch import collate
 from sft_dist.model.engine import Engine
+
+_MAX_TOKENS = 256
 
 # Largest difference of a token's log-prob between two kernels of the same precision, in nats.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -24,9 +27,14 @@ Probe = tuple[Sample, ...]
 
 
 def choose(dataset: PreparedDataset) -> Probe:
-    """Two of the shortest samples: a check that costs next to nothing."""
+    """The beginnings of two of the shortest samples: a check that costs next to nothing."""
     shortest = np.argsort(dataset.lengths, kind="stable")[:2]
-    return tuple(dataset[int(number)] for number in shortest)
+    return tuple(_beginning(dataset[int(number)]) for number in shortest)
+
+
+def _beginning(sample: Sample) -> Sample:
+    ids = sample.ids[:_MAX_TOKENS]
+    return replace(sample, ids=ids, spans=(Span(0, "user", 0, 0, len(ids), len(ids)),), turns=())
 
 
 def logprobs(engine: Engine, probe: Probe) -> list[float]:

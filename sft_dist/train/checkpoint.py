@@ -34,8 +34,11 @@ class TrainState:
     num_tokens: int = 0
     num_target_tokens: int = 0
     train_time_s: float = 0.0
-    best_nll: float | None = None  # held-out, per token
-    heldout_nll_before: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    heldout_nll_before: float | None = None  # per token, at step 0
+    heldout_nll_best: float | None = None
+    heldout_nll_last: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

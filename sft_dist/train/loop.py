@@ -19,7 +19,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
-from sft_dist.errors import ExitCode, TrainingError
+from sft_dist.errors import DataError, ExitCode, TrainingError
 from sft_dist.model import probe
 from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.engine import Engine
@@ -75,9 +75,6 @@ class Run:
         self._run_dir = Path(config.run_dir)
         self._probe = probe.choose(dataset)
         self._saved_step: int | None = state.step if state.step else None
-        self._first_loss: float | None = None
-        self._last_loss: float | None = None
-        self._last_nll: float | None = None
 
     def train(self) -> Result:
         """Take all steps that are left. Raises TrainingError when the numbers break."""
@@ -139,9 +136,9 @@ class Run:
             num_tokens=self.state.num_tokens + num_tokens,
             num_target_tokens=self.state.num_target_tokens + plan.denominator(step),
             train_time_s=self.state.train_time_s + step_s,
+            first_loss=loss if self.state.first_loss is None else self.state.first_loss,
+            last_loss=loss,
         )
-        self._first_loss = loss if self._first_loss is None else self._first_loss
-        self._last_loss = loss
         memory_gib = _peak_memory_gib(self.engine.device)
         mean_step_s = self.state.train_time_s / self.state.step
         self.metrics.say(
@@ -182,12 +179,12 @@ class Run:
         )
         self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token")
         self.metrics.record("heldout", step, nll=nll)
-        best = self.state.best_nll
-        self._last_nll = nll
+        best = self.state.heldout_nll_best
+        self.state = replace(self.state, heldout_nll_last=nll)
         if step == 0:
             self.state = replace(self.state, heldout_nll_before=nll)
         elif best is None or nll < best:
-            self.state = replace(self.state, best_nll=nll)
+            self.state = replace(self.state, heldout_nll_best=nll)
             if config.checkpoint.keep_best:
                 self._save()
                 if self.world.is_main:
@@ -245,14 +242,14 @@ class Run:
             "planned_steps": plan.num_steps,
             "trained_tokens": state.num_tokens,
             "trained_target_tokens": state.num_target_tokens,
-            "first_loss": self._first_loss,
-            "last_loss": self._last_loss,
+            "first_loss": state.first_loss,
+            "last_loss": state.last_loss,
             "train_time_s": state.train_time_s,
             "tokens_per_s": state.num_tokens / state.train_time_s if state.train_time_s else None,
             "target_tokens_per_s": state.num_target_tokens / state.train_time_s if state.train_time_s else None,
             "heldout_nll_before": state.heldout_nll_before,
-            "heldout_nll_best": state.best_nll,
-            "heldout_nll_after": self._last_nll,
+            "heldout_nll_best": state.heldout_nll_best,
+            "heldout_nll_after": state.heldout_nll_last,
         }
         return Result(exit_code, reason, state, summary)
 
@@ -268,7 +265,10 @@ def plan_heldout(dataset: PreparedDataset, config: RunConfig, say: Callable[[str
     too_long = int((lengths > config.data.max_length).sum())
     if too_long:
         say(f"held-out: {too_long:,} of {len(lengths):,} samples are longer than data.max_length and left out")
-    return Heldout(dataset, scoring_packs(lengths, config.data.max_length))
+    packs = scoring_packs(lengths, config.data.max_length)
+    if not packs:
+        raise DataError(f"data.heldout: no sample fits into data.max_length ({config.data.max_length:,})")
+    return Heldout(dataset, packs)
 
 
 def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:

@@ -21,6 +21,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (folder / "latin1.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "x"}\n')
     (folder / "no_assistant.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     (folder / "bot.jsonl").write_text('{"messages": [{"role": "bot", "content": "x"}]}\n')
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "long " * 99, "completion": "x"}))
     (folder / "a_file").write_text("x")
     shutil.copytree(folder / "model", folder / "no_tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -58,6 +59,7 @@ CASES = [
     (["deepspeed={}/own.json"], 78, "optimizer is decided by"),
     (["deepspeed={}/zero1.json"], 78, "stage must be 3"),
     (["deepspeed=zero9"], 78, "those shipped: cpu, zero3"),
+    (["data.max_length=60", "data.heldout={}/long.jsonl"], 65, "data.heldout: no sample fits"),
     (["checkpoint.resume=must"], 78, "no valid checkpoint"),
     (["run_dir={}/a_file/run"], 74, "cannot be written"),
     (["data.cache_dir={}/a_file/cache"], 74, "cannot be written"),

@@ -1,5 +1,6 @@
 """The main job through the command line on two ranks: train, stop, resume, export, score."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -111,6 +112,32 @@ def test_a_damaged_checkpoint_is_not_used_and_that_is_said(uninterrupted: Place)
     assert [entry["loss"] for entry in place.steps("damaged")] == [entry["loss"] for entry in place.steps("whole")]
     expected, found = place.state("whole", 6), place.state("damaged", 6)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class _Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (self.path,))
+
+
+def test_a_pickle_planted_in_a_published_checkpoint_does_not_run(place: Place) -> None:
+    """With a manifest that matches it: whoever can write shards can write manifests."""
+    done = place.train("planted", "checkpoint.stop_at_step=1", "evaluate.every=0", ranks=1)
+    assert done[0].returncode == 75, _said(done)
+    folder, marker = place.folder / "planted" / "checkpoints" / "step-00000001", place.folder / "marker"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        torch.save({"module": _Bomb(str(marker)), "optimizer_state_dict": _Bomb(str(marker))}, folder / name)
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    resumed = place.train("planted", ranks=1)
+    assert resumed[0].returncode == 74 and "not a readable checkpoint shard" in resumed[0].stdout, _said(resumed)
+    exported = place.verb("export", str(place.folder / "planted"), "--output", str(place.folder / "planted-out"))
+    assert exported.returncode == 74, exported.stderr
+    assert not marker.exists() and not (place.folder / "planted-out").exists()
 
 
 def test_init_from_takes_weights_only(uninterrupted: Place) -> None:

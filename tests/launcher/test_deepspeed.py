@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,8 @@ def test_sigterm_reaches_the_ranks_and_the_outcome_gives_the_code(start: Start) 
     assert code == 75
     assert "rank 0 leaves, received ['SIGTERM'" in stdout
     assert "rank 1 leaves, received ['SIGTERM'" in stdout
+    # deepspeed itself was not signalled: it saw its ranks end.
+    assert "exits with return code = 75" in stdout + stderr
     assert "the same command goes on from there" in stderr
     assert_gone(pids)
 
@@ -67,3 +71,24 @@ def test_a_rank_that_leaves_early_fails_the_job_where_deepspeed_waits_for_ever(s
     assert code == 70
     assert "a rank ended, and 0.5 s later others still ran" in stderr
     assert_gone(pids)
+
+
+def test_a_signal_before_there_are_ranks_ends_deepspeed_itself(start: Start) -> None:
+    launch = start("--via", "deepspeed", "--nproc", "2", "all=wait", env={"DS_ACCELERATOR": "cpu"})
+
+    def runners() -> list[int]:
+        return [pid for pid in descendants(launch.process.pid, depth=1) if is_deepspeed(pid)]
+
+    launch.wait_until(lambda: bool(runners()), "deepspeed did not start")
+    (runner,) = runners()
+    launch.process.send_signal(signal.SIGTERM)
+    code, _, stderr = launch.end()
+    assert code == 143
+    assert "had no checkpoint to offer" in stderr
+    assert_gone([runner])
+
+
+def is_deepspeed(pid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return b"--num_gpus" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False

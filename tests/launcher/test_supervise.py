@@ -148,15 +148,31 @@ def test_a_rank_that_leaves_early_fails_the_job_after_the_grace_time(start: Star
     assert_gone(pids)
 
 
-def test_ranks_may_end_one_after_the_other_within_the_grace_time(start: Start) -> None:
-    launch = start("--nproc", "2", "rank0=wait", "rank1=exit:0")
+@pytest.mark.parametrize("first_code", [0, 75])
+def test_ranks_may_end_one_after_the_other_within_the_grace_time(start: Start, first_code: int) -> None:
+    launch = start("--nproc", "2", "rank0=wait", f"rank1=exit:{first_code}")
     first, second = (launch.rank(rank)["pids"][0] for rank in (1, 0))
     launch.let_ranks_exit()
     assert_gone([first], within_s=10)  # reaped, so the launcher has seen it end
     os.kill(second, signal.SIGUSR1)
-    code, _, stderr = launch.end()
+    code, stdout, stderr = launch.end()
     assert code == 75
+    assert "received ['SIGUSR1']" in stdout
     assert "failed" not in stderr
+
+
+def test_of_ranks_that_end_together_the_one_that_was_killed_is_the_cause(start: Start) -> None:
+    launch = start("--nproc", "2", "rank0=exit:1", "rank1=wait")
+    pids = launch.pids(2)
+    launch.process.send_signal(signal.SIGSTOP)  # so that the launcher sees both ends at once
+    launch.let_ranks_exit()
+    os.kill(pids[1], signal.SIGKILL)
+    dead = {(pid, "Z") for pid in pids}
+    launch.wait_until(lambda: dead <= {(p.pid, p.state) for p in all_processes()}, "the ranks did not end")
+    launch.process.send_signal(signal.SIGCONT)
+    code, _, stderr = launch.end()
+    assert code == 137
+    assert "rank 1 failed first" in stderr
 
 
 def test_a_rank_that_hangs_after_75_does_not_spoil_the_requeue(start: Start) -> None:
