@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.end_to_end.conftest import Place
 from tests.helpers import oracle
+from tests.helpers.conversations import write_jsonl
 from tests.helpers.worlds import free_port, rank_environment, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,37 @@ def test_export_loads_in_plain_transformers_and_scores_the_same(uninterrupted: P
             for turn, (_, value) in zip(line["turns"], expected, strict=True):
                 assert turn["logprob"] == pytest.approx(value, abs=1e-3, rel=1e-5)
             assert line["logprob"] == pytest.approx(sum(turn["logprob"] for turn in line["turns"]))
+
+
+def test_a_bfloat16_run_resumes_and_exports_what_it_computed_with(place: Place, tmp_path: Path) -> None:
+    half = ["model.dtype=bfloat16", "evaluate.every=0", "schedule.max_steps=3"]
+    whole = place.train("half", *half)
+    stopped = place.train("half-stopped", *half, "checkpoint.stop_at_step=2")
+    assert [p.returncode for p in whole + stopped] == [0, 0, 75, 75], _said(whole + stopped)
+    resumed = place.train("half-stopped", *half)
+    assert [p.returncode for p in resumed] == [0, 0], _said(resumed)
+    expected, found = place.state("half", 3), place.state("half-stopped", 3)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert any(value.dtype == torch.float32 for value in expected.values()), "master weights are float32"
+    done = place.verb("export", str(place.folder / "half"), "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_the_best_checkpoint_is_kept_and_a_rise_of_the_heldout_nll_is_said(place: Place) -> None:
+    # Held-out answers of letters that the training data has not: learning makes them less likely.
+    other = write_jsonl(place.folder / "other.jsonl", [{"prompt": "x", "completion": "QZQXJZQKVWQZ" * 3}] * 3)
+    options = [f"data.heldout={other}", "schedule.warmup_fraction=0", "evaluate.every=1", "checkpoint.keep=1"]
+    done = place.train("harsh", *options, ranks=1)
+    assert done[0].returncode == 0, _said(done)
+    lines = [json.loads(line) for line in (place.folder / "harsh" / "metrics.jsonl").read_text().splitlines()]
+    nll = {entry["step"]: entry["nll"] for entry in lines if entry["kind"] == "heldout" and entry["step"]}
+    best = min(nll, key=lambda step: nll[step])
+    assert best < 6, nll
+    assert "warning: held-out NLL rises" in done[0].stdout
+    assert json.loads((place.folder / "harsh" / "checkpoints" / "best.json").read_text())["step"] == best
+    kept = sorted(int(path.name[5:]) for path in (place.folder / "harsh" / "checkpoints").glob("step-*"))
+    assert kept == [best, 6]
 
 
 def test_export_in_another_precision_is_the_rounded_checkpoint(uninterrupted: Place, tmp_path: Path) -> None:
