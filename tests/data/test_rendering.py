@@ -93,6 +93,8 @@ def test_targets_follow_train_on(renderer: Renderer) -> None:
 def test_no_token_crosses_the_start_of_an_output(renderer: Renderer) -> None:
     """The header ends in a newline; an answer that begins with one must not merge with it, as at inference."""
     sample = sample_of(renderer, ("user", "a"), ("assistant", "\n\nx"))
+    merged = renderer.tokenizer("\n\n\nx", add_special_tokens=False).input_ids
+    assert len(merged) == 3, "in one piece, two newlines are one token"
     header = renderer.apply([{"role": "user", "content": "a"}], generation_prompt=True)
     prompt = renderer.tokenizer(header, add_special_tokens=False).input_ids
     assert sample.ids[: len(prompt)].tolist() == prompt

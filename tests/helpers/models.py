@@ -24,6 +24,7 @@ _CORPUS = [
     "Tell me a joke about the weather, please.",
     "It rains cats and dogs; I stepped in a poodle!",
     "system user assistant You are a helpful assistant.",
+    "Newlines\n\n\nmerge\n\n\ninto\n\n\none\n\n\ntoken.",
     "The quick brown fox jumps over the lazy dog 0123456789.",
 ]
 
