@@ -54,7 +54,6 @@ setup(
         "numpy",
         "pydantic>=2",
         "PyYAML",
-        "rich",
         "safetensors",
         "tensorboard",
     ],

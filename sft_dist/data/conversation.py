@@ -31,6 +31,11 @@ class Conversation:
     messages: tuple[Message, ...]
 
 
+def check_text(text: str, what: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RecordError("broken text", f"{what} has a lone surrogate, which is no Unicode text")
+
+
 def check_messages(messages: tuple[Message, ...]) -> None:
     """Raise RecordError unless the messages can be trained on: known roles, real text, a non-empty answer."""
     for number, message in enumerate(messages, start=1):
@@ -38,8 +43,7 @@ def check_messages(messages: tuple[Message, ...]) -> None:
             raise RecordError(
                 "unknown role", f"message {number} has role {message.role!r}; expected {', '.join(ROLES[:-1])} or tool"
             )
-        if any("\ud800" <= character <= "\udfff" for character in message.content):
-            raise RecordError("broken text", f"message {number} has a lone surrogate, which is no Unicode text")
+        check_text(message.content, f"message {number}")
         if message.role == "assistant" and not message.content.strip():
             raise RecordError("empty answer", f"message {number} is an assistant turn without text")
     if not any(message.role == "assistant" for message in messages):

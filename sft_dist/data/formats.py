@@ -8,12 +8,13 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_dist.data.conversation import Conversation, Message, RecordError, check_messages
+from sft_dist.data.conversation import Conversation, Message, RecordError, check_messages, check_text
 from sft_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -26,8 +27,18 @@ class Row:
 
     index: int
     source: str
-    where: str
+    path: str
+    place: str  # ":417" or "[3]"
     payload: bytes | dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        return self.path + self.place
+
+    @property
+    def default_id(self) -> str:
+        """Does not depend on the folder, as the identity of the prepared data does not."""
+        return self.source + self.place
 
 
 def source_fingerprint(path: str) -> str:
@@ -63,20 +74,22 @@ def read_rows(path: str, first_index: int = 0) -> Iterator[Row]:
     name = source_name(path)
     if _is_hub_id(path):
         records = iter(_hub_dataset(path))
-        yield from _number(((f"{path}[{i}]", row) for i, row in enumerate(records)), name, first_index)
+        rows: Iterator[tuple[str, Any]] = ((f"[{number}]", record) for number, record in enumerate(records))
     elif path.endswith(".parquet"):
-        yield from _number(_parquet_records(path), name, first_index)
+        rows = _parquet_records(path)
     elif path.removesuffix(".gz").endswith(".jsonl"):
-        yield from _number(_json_lines(path), name, first_index)
+        rows = _json_lines(path)
     else:
-        yield from _number(_json_records(path), name, first_index)
+        rows = _json_records(path)
+    for index, (place, payload) in enumerate(rows, start=first_index):
+        yield Row(index, name, path, place, payload)
 
 
 def to_conversation(row: Row) -> Conversation:
     """Parse and convert one row. Raises DataError for a broken JSON line, RecordError for a wrong record."""
     record = row.payload
     if isinstance(record, bytes):
-        record = _parse_line(record, row.where)
+        record = _parse(record, row.path, first_line=int(row.place.removeprefix(":")))
     if not isinstance(record, dict):
         raise RecordError("not a record", f"expected an object with named fields, found {type(record).__name__}")
     if record.get("messages") is not None:
@@ -90,10 +103,12 @@ def to_conversation(row: Row) -> Conversation:
         )
     if record.get("tools"):
         raise RecordError("tools", "the record offers tools; tool calls cannot be rendered yet")
+    _refuse_fields(record, ("system", "weight"), "the record")
     check_messages(messages)
-    identity = record.get("id")
+    identity = row.default_id if record.get("id") is None else str(record["id"])
+    check_text(identity, "id")
     return Conversation(
-        id=row.where if identity is None else str(identity),
+        id=identity,
         index=row.index,
         source=row.source,
         where=row.where,
@@ -112,11 +127,6 @@ def source_name(path: str) -> str:
 
 def _is_hub_id(path: str) -> bool:
     return not Path(path).exists() and not path.endswith(SUFFIXES) and _HUB_ID.fullmatch(path) is not None
-
-
-def _number(records: Iterator[tuple[str, Any]], source: str, first_index: int) -> Iterator[Row]:
-    for index, (where, payload) in enumerate(records, start=first_index):
-        yield Row(index, source, where, payload)
 
 
 def _hub_dataset(path: str) -> Any:
@@ -138,7 +148,7 @@ def _parquet_records(path: str) -> Iterator[tuple[str, Any]]:
         # Streaming reads the file in place; the other way copies it into a cache first.
         rows = load_dataset("parquet", data_files=[path], split="train", streaming=True)
         for index, row in enumerate(rows):
-            yield f"{path}[{index}]", row
+            yield f"[{index}]", row
     except DataError:
         raise
     except Exception as error:
@@ -151,8 +161,8 @@ def _json_lines(path: str) -> Iterator[tuple[str, bytes]]:
             for number, line in enumerate(file, start=1):
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
-                    yield f"{path}:{number}", line
-    except (OSError, EOFError) as error:
+                    yield f":{number}", line
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
@@ -160,18 +170,13 @@ def _json_records(path: str) -> Iterator[tuple[str, Any]]:
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             raw = file.read().removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     records = _parse(raw, path, first_line=1)
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records; a file with one record a line is named .jsonl")
     for index, record in enumerate(records):
-        yield f"{path}[{index}]", record
-
-
-def _parse_line(line: bytes, where: str) -> Any:
-    path, _, number = where.rpartition(":")
-    return _parse(line, path, first_line=int(number))
+        yield f"[{index}]", record
 
 
 def _parse(raw: bytes, path: str, first_line: int) -> Any:
@@ -184,8 +189,8 @@ def _parse(raw: bytes, path: str, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(f"{path}:{line}:{error.colno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise DataError(f"{path}:{first_line}:1: JSON nested too deeply") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        raise DataError(f"{path}:{first_line}:1: JSON that cannot be read: {error}") from None
 
 
 def _messages(value: Any, field: str) -> tuple[Message, ...]:
@@ -200,11 +205,19 @@ def _message(item: Any, field: str, number: int) -> Message:
     if item.get("tool_calls"):
         raise RecordError("tools", f"message {number} has tool calls, which cannot be rendered yet")
     role, content = item.get("role"), item.get("content")
+    _refuse_fields(item, ("reasoning_content", "weight", "train"), f"message {number}")
     if not isinstance(role, str):
         raise RecordError("unknown role", f"message {number} has role {role!r}; expected a name such as 'user'")
     if not isinstance(content, str):
         raise RecordError("no text", f"message {number} ({role}): content must be text, found {_kind(content)}")
     return Message(role, content)
+
+
+def _refuse_fields(tree: dict[str, Any], names: tuple[str, ...], what: str) -> None:
+    """Fields that change what is trained must not be dropped in silence."""
+    for name in names:
+        if tree.get(name) is not None:
+            raise RecordError("unsupported field", f"{what} has {name!r}, which is not supported yet")
 
 
 def _side(value: Any, field: str, role: str) -> tuple[Message, ...]:

@@ -193,7 +193,7 @@ def _render_shard(renderer: Renderer, folder: Path, number: int, chunk: list[Row
         try:
             conversations.append(formats.to_conversation(row))
         except RecordError as error:
-            refused.append(Refused(row.where, row.where, error.reason, error.detail))
+            refused.append(Refused(row.where, row.default_id, error.reason, error.detail))
     samples: list[Sample] = []
     for conversation, result in zip(conversations, render(renderer, conversations), strict=True):
         if isinstance(result, Sample):

@@ -46,27 +46,32 @@ class Renderer:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of tokenizer and template: what the token ids of a conversation depend on."""
-        text = self.tokenizer.backend_tokenizer.to_str() + "\0" + self.template
+        backend = self.tokenizer.backend_tokenizer.to_str()
+        # The template sees eos_token and the like, which tokenizer.json does not hold.
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        text = json.dumps([backend, self.template, special, sorted(self.control_ids)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
-    def plain_backend(self) -> Any:
-        """The same tokenizer without added tokens, for text that only looks like a control token."""
+    def middle_backend(self) -> Any:
+        """The same tokenizer for text in the middle of a sequence: it puts no space before it."""
         from tokenizers import Tokenizer
 
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        spec["added_tokens"], spec["post_processor"] = [], None
-        return Tokenizer.from_str(json.dumps(spec))
+        return Tokenizer.from_str(json.dumps(self._middle_spec))
 
     @cached_property
-    def prefix_anchor(self) -> str | None:
-        """A control token to put before text in the middle, where the tokenizer would prepend a space to it."""
-        anchor = self.tokenizer.eos_token
-        alone = self._encode(["a"])[0].ids
-        return None if self._encode([anchor + "a"])[0].ids[1:] == alone else anchor
+    def plain_backend(self) -> Any:
+        """The middle tokenizer without added tokens, for text that only looks like a control token."""
+        from tokenizers import Tokenizer
 
-    def _encode(self, texts: list[str]) -> list[Any]:
-        return list(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+        return Tokenizer.from_str(json.dumps(self._middle_spec | {"added_tokens": [], "post_processor": None}))
+
+    @cached_property
+    def _middle_spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for stage in ("normalizer", "pre_tokenizer"):
+            spec[stage] = _without_prefix_space(spec[stage])
+        return spec
 
     def apply(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
         return str(
@@ -133,8 +138,10 @@ def render(renderer: Renderer, conversations: Sequence[Conversation]) -> list[Sa
     for layout in layouts:
         if isinstance(layout, RecordError):
             results.append(layout)
-        else:
-            results.append(_attempt(_verified_sample, renderer, layout, next(tokens)))
+            continue
+        encoded = next(tokens)
+        is_refused = isinstance(encoded, RecordError)
+        results.append(encoded if is_refused else _attempt(_verified_sample, renderer, layout, encoded))
     return results
 
 
@@ -225,47 +232,73 @@ class _Tokens:
     ends: NDArray[np.int64]  # [T] character after the last
 
 
+def _without_prefix_space(stage: Any) -> Any:
+    """A tokenizer stage (as in tokenizer.json) that does not prepend a space to its text."""
+    if stage is None or stage["type"] == "Prepend":
+        return None
+    if stage["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in stage else "pretokenizers"
+        parts = [part for part in map(_without_prefix_space, stage[key]) if part is not None]
+        return stage | {key: parts}
+    if stage["type"] == "Metaspace":
+        return stage | {"prepend_scheme": "never"}
+    if stage["type"] == "ByteLevel":
+        return stage | {"add_prefix_space": False}
+    return stage
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     begin: int  # character
     text: str
-    kind: str  # "text", "middle" (starts inside the rendering) or "stand-in"
+    kind: str  # "first", "middle" or "stand-in"
 
 
-def _encode_layouts(renderer: Renderer, layouts: Sequence[_Layout]) -> list[_Tokens]:
+def _encode_layouts(renderer: Renderer, layouts: Sequence[_Layout]) -> list[_Tokens | RecordError]:
     pieces = [_pieces(layout) for layout in layouts]
-    flat = [piece for group in pieces for piece in group]
-    anchor = renderer.prefix_anchor
-    encoded = iter(
-        renderer._encode(
-            [
-                anchor + piece.text if anchor and piece.kind == "middle" else piece.text
-                for piece in flat
-                if piece.kind != "stand-in"
-            ]
+    backends = {"first": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
+    encoded = {
+        kind: iter(
+            backend.encode_batch(
+                [piece.text for group in pieces for piece in group if piece.kind == kind], add_special_tokens=False
+            )
         )
-    )
-    results = []
+        for kind, backend in backends.items()
+    }
+    results: list[_Tokens | RecordError] = []
     for layout, group in zip(layouts, pieces, strict=True):
         ids: list[int] = []
         begins: list[int] = []
         ends: list[int] = []
+        problem = None
         for piece in group:
             if piece.kind == "stand-in":
-                written = renderer.plain_backend.encode(layout.stand_ins[piece.text], add_special_tokens=False).ids
+                written = _attempt(_encode_written, renderer, layout.stand_ins[piece.text])
+                if isinstance(written, RecordError):
+                    problem = written
+                    continue
                 ids += written
                 begins += [piece.begin] * len(written)
                 ends += [piece.begin + 1] * len(written)
-                continue
-            encoding = next(encoded)
-            anchored = anchor is not None and piece.kind == "middle"
-            shift = piece.begin - (len(anchor) if anchored and anchor else 0)
-            skip = 1 if anchored else 0
-            ids += encoding.ids[skip:]
-            begins += [begin + shift for begin, _ in encoding.offsets[skip:]]
-            ends += [end + shift for _, end in encoding.offsets[skip:]]
-        results.append(_Tokens(np.array(ids, np.int32), np.array(begins, np.int64), np.array(ends, np.int64)))
+            else:
+                encoding = next(encoded[piece.kind])
+                ids += encoding.ids
+                begins += [piece.begin + begin for begin, _ in encoding.offsets]
+                ends += [piece.begin + end for _, end in encoding.offsets]
+        tokens = _Tokens(np.array(ids, np.int32), np.array(begins, np.int64), np.array(ends, np.int64))
+        results.append(tokens if problem is None else problem)
     return results
+
+
+def _encode_written(renderer: Renderer, text: str) -> list[int]:
+    """Ids of text that looks like a control token, none of which is one."""
+    ids = renderer.plain_backend.encode(text, add_special_tokens=False).ids
+    if not renderer.control_ids.isdisjoint(ids):
+        # Unigram vocabularies hold control tokens as ordinary pieces: letter by letter none can match.
+        ids = [i for letter in text for i in renderer.plain_backend.encode(letter, add_special_tokens=False).ids]
+    if not renderer.control_ids.isdisjoint(ids):
+        raise RecordError("control text", f"{text!r} cannot be written in this tokenizer without a control token")
+    return list(ids)
 
 
 def _pieces(layout: _Layout) -> list[_Piece]:
@@ -278,7 +311,7 @@ def _pieces(layout: _Layout) -> list[_Piece]:
     pieces = []
     for begin, end in pairwise(edges):
         text = layout.text[begin:end]
-        kind = "stand-in" if text in layout.stand_ins else "text" if begin == 0 else "middle"
+        kind = "stand-in" if text in layout.stand_ins else "first" if begin == 0 else "middle"
         pieces.append(_Piece(begin, text, kind))
     return pieces
 
@@ -316,7 +349,7 @@ def _output_end(renderer: Renderer, layout: _Layout, tokens: _Tokens, number: in
     controls = [i for i in range(output_start, end) if int(tokens.ids[i]) in renderer.control_ids]
     for index in controls:
         body = _as_written(layout, layout.text[output_begin : int(tokens.begins[index])])
-        if any(body.endswith(form) for form in forms):
+        if any(_is_answer(renderer, body, form) for form in forms):
             return index + 1
     if not controls:
         raise RecordError(
@@ -330,6 +363,19 @@ def _output_end(renderer: Renderer, layout: _Layout, tokens: _Tokens, number: in
     )
 
 
+def _is_answer(renderer: Renderer, body: str, form: str) -> bool:
+    """Whether a rendered output is what was written, after nothing but white space and tokens of the template.
+
+    Templates open answers with such marks (an empty <think></think>, a channel); words of their own they may not add.
+    """
+    if not body.endswith(form):
+        return False
+    lead = body[: len(body) - len(form)]
+    for mark in renderer.control_texts + renderer.markup_texts:
+        lead = lead.replace(mark, "")
+    return not lead.strip()
+
+
 def _check_decodes(
     renderer: Renderer, layout: _Layout, tokens: _Tokens, number: int, output_start: int, output_end: int
 ) -> None:
@@ -337,15 +383,14 @@ def _check_decodes(
     rendered = _as_written(layout, layout.text[layout.output_starts[number] : int(tokens.ends[output_end - 1])])
     decode = renderer.tokenizer.backend_tokenizer.decode
     output = tokens.ids[output_start:output_end].tolist()
-    decoded = decode(output, skip_special_tokens=False)
-    if decoded == rendered:
-        return
-    # Decoders of the sentencepiece family drop a leading space: look at the span together with the token before it.
-    before = tokens.ids[output_start - 1 : output_start].tolist()
-    if decode(before + output, skip_special_tokens=False) != decode(before, skip_special_tokens=False) + rendered:
+    # Together with the token before: decoders of the sentencepiece family drop a leading space at the very start.
+    before = tokens.ids[max(output_start - 1, 0) : output_start].tolist()
+    decoded = decode(before + output, skip_special_tokens=False)
+    expected = (decode(before, skip_special_tokens=False) if before else "") + rendered
+    if decoded != expected:
         raise RecordError(
             "tokenizer changes the text",
-            f"message {number + 1}: rendered {_short(rendered)}, its tokens decode to {_short(decoded)}",
+            f"message {number + 1}: rendered {_short(expected)}, its tokens decode to {_short(decoded)}",
         )
 
 

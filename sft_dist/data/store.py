@@ -20,7 +20,7 @@ from sft_dist.data.conversation import ROLES
 from sft_dist.data.sample import Int32, Sample, Span, TrainOn, target_turns
 from sft_dist.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 REFUSED = "refused.jsonl"
 
@@ -85,7 +85,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_refused(folder: Path, refused: Iterable[Refused]) -> None:
-    with open(folder / REFUSED, "w", encoding="utf-8") as file:
+    # Details may quote broken text: it is spelled out then.
+    with open(folder / REFUSED, "w", encoding="utf-8", errors="backslashreplace") as file:
         for item in refused:
             file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
 

@@ -99,6 +99,7 @@ def test_stored_samples_are_those_of_the_input_in_order(tmp_path: Path, model: M
         (b'{"messages": []}\n{"messages": [}\n', "x.jsonl:2:15"),
         (json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:30], "x.jsonl:2:"),
         (json.dumps(GOOD).encode().replace(b"hi", b"h\xffi"), "x.jsonl:1:"),
+        (b'{"id": ' + b"9" * 5000 + b"}\n", "x.jsonl:1:1"),
     ],
 )
 def test_broken_files_are_named_with_line_and_column(
@@ -126,12 +127,16 @@ BAD_RECORDS = [
     ({"prompt": "x", "completion": " "}, "empty answer"),
     ({"prompt": "\ud800", "completion": "x"}, "broken text"),
     (GOOD | {"tools": [{"type": "function"}]}, "tools"),
+    (GOOD | {"weight": 0}, "unsupported field"),
+    ({"system": "Be terse.", "prompt": "x", "completion": "y"}, "unsupported field"),
+    ({"prompt": "x", "completion": [{"role": "assistant", "content": "y", "train": False}]}, "unsupported field"),
+    (GOOD | {"id": "\ud800"}, "broken text"),
 ]
 
 
 @pytest.mark.parametrize(("record", "reason"), BAD_RECORDS)
 def test_bad_records_are_refused_with_a_reason(record: Any, reason: str) -> None:
-    row = formats.Row(0, "x", "x.jsonl:1", json.dumps(record).encode())
+    row = formats.Row(0, "x", "x.jsonl", ":1", json.dumps(record).encode())
     with pytest.raises(preparing.RecordError) as caught:
         formats.to_conversation(row)
     assert caught.value.reason == reason
@@ -147,6 +152,40 @@ def test_refused_records_are_counted_and_listed_or_stop_the_run(tmp_path: Path, 
     assert dataset.manifest["num_refused"] == {"no messages": 1, "unknown format": 2}
     listed = [json.loads(line) for line in (dataset.folder / "refused.jsonl").read_text().splitlines()]
     assert [item["where"].rsplit("/", 1)[1] for item in listed] == ["x.jsonl:2", "x.jsonl:3", "x.jsonl:5"]
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path, model: ModelConfig) -> None:
+    content = bytearray(gzip.compress(json.dumps(GOOD).encode() * 50))
+    content[20:40] = b"x" * 20
+    (tmp_path / "x.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz: cannot be read"):
+        run(tmp_path / "x.jsonl.gz", model)
+
+
+def test_details_with_broken_text_are_listed_all_the_same(tmp_path: Path, model: ModelConfig) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD) + '\n{"\\ud800": 1}\n')
+    dataset = run(tmp_path / "x.jsonl", model, on_bad_record="refuse")
+    assert dataset.manifest["num_refused"] == {"unknown format": 1}
+    assert len((dataset.folder / "refused.jsonl").read_text().splitlines()) == 1
+
+
+def test_another_eos_token_is_another_data_set(tmp_path: Path, model: ModelConfig) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", make_records(3))
+    other = build_tokenizer()
+    other.eos_token = "<|endoftext|>"
+    other.save_pretrained(tmp_path / "other")
+    first = run(path, model, chat_template="chatml")
+    second = run(path, ModelConfig(path=str(tmp_path / "other")), chat_template="chatml")
+    assert first.manifest["stop_ids"] != second.manifest["stop_ids"]
+
+
+def test_default_ids_do_not_depend_on_the_folder(tmp_path: Path, model: ModelConfig) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", [GOOD])
+    shared = str(tmp_path / "prepared")
+    first, second = (run(tmp_path / name / "x.jsonl", model, cache_dir=shared) for name in ("a", "b"))
+    assert first.folder == second.folder and second[0].conversation_id == "x:1"
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path: Path, model: ModelConfig) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data.conversation import Conversation, Message, RecordError
 from sft_dist.data.rendering import TEMPLATES_DIR, Renderer, render
@@ -111,6 +113,43 @@ def test_other_template_shapes(template: str) -> None:
     assert sample.ids.tolist().count(tokenizer.bos_token_id) == (1 if template is LLAMA3 else 0), "no double BOS"
 
 
+def prepending_bpe() -> Any:
+    """The older sentencepiece conversion (Llama 2, TinyLlama): a space before every section, bytes as fallback."""
+    characters = sorted(set("user answer x y z <|assistant|> <|user|> </s> \n ▁"))
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])}
+    for character in characters:
+        vocab.setdefault(character, len(vocab))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def unigram() -> Any:
+    """A vocabulary in which the control token is also an ordinary piece."""
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), ("▁", -2.0), *((c, -3.0) for c in "userantwxyz:<|>/\n")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("build", [prepending_bpe, unigram])
+def test_tokenizers_that_prepend_spaces_add_none_in_the_middle(build: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    own = Renderer(build(), template)
+    sample = sample_of(own, ("user", "x</s>y"), ("assistant", "answer z"), ("user", "z"), ("assistant", " x"))
+    tokens = own.tokenizer.convert_ids_to_tokens(sample.ids.tolist())
+    assert tokens.count("</s>") == 4, "what the user typed is text"
+    for span, content in ((sample.spans[1], "answer▁z"), (sample.spans[3], "▁x")):
+        assert tokens[span.output_start : span.output_end] == [*content, "</s>"]
+
+
 def test_shipped_chatml_ends_answers_with_the_eos_of_a_base_model() -> None:
     tokenizer = build_tokenizer(None)
     tokenizer.eos_token = "<|endoftext|>"
@@ -131,6 +170,9 @@ def test_shipped_chatml_ends_answers_with_the_eos_of_a_base_model() -> None:
          "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}", "no stop token"),
         ("{% for m in messages %}{{ m['role'] + ':' + m['content'] | upper + eos_token }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}", "template changes the answer"),
+        ("{% for m in messages %}{{ m['role'] + ':' + ('Sure! ' if m['role'] == 'assistant' else '') + m['content'] "
+         "+ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+         "template changes the answer"),
         ("{{ raise_exception('no') }}", "template error"),
     ],
 )  # fmt: skip
