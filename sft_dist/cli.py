@@ -5,12 +5,15 @@ Imports of verbs happen after the arguments are read: `--help` and mistakes answ
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from sft_dist.errors import ExitCode, UserError
+from sft_dist.errors import ExitCode, Interrupted, UserError, say
 
 if TYPE_CHECKING:
     from sft_dist.config import RunConfig
@@ -19,12 +22,14 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and leave with its exit code."""
     options = _parser().parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
     try:
         code = _dispatch(options)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        say(f"{prefix}{type(error).__name__}: {error}")
         _leave(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -39,17 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _leave(code)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Until training takes over the signals (train/interrupt.py) they unwind the verb, so that it can clean up."""
+    raise Interrupted(signal.Signals(number).name, number)
+
+
 def _leave(code: int) -> NoReturn:
     """Leave without the interpreter's shutdown.
 
     After an error, process groups would wait there for other ranks; after a success, their threads have been seen to
     abort a rank whose peer had already gone.
     """
-    try:
+    with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
-        os._exit(int(code))
+    os._exit(int(code))
 
 
 def _dispatch(options: argparse.Namespace) -> ExitCode:
@@ -140,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_file_verb(verbs, "prepare", "render, verify and store the data; print what was refused and why")
     inspect = _run_file_verb(verbs, "inspect", "show conversations with trained tokens marked, and statistics")
     inspect.add_argument("--id", help="show the conversation with this id")
-    inspect.add_argument("--num", type=int, default=2, help="how many conversations to show (default 2)")
+    inspect.add_argument("--num", type=_positive, default=2, help="how many conversations to show (default 2)")
     _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
     score = _run_file_verb(verbs, "score", "log-probability of every assistant turn, as JSON Lines in input order")
     score.add_argument("--model", help="model folder, Hub id or run folder (default: model.path)")
@@ -158,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--model", required=True, help="model folder, Hub id or run folder")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--system", help="system message")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--max-new-tokens", type=_positive, default=128)
     _checkpoint_option(generate)
     config = verbs.add_parser("config", help="print the resolved run file, or explain every key")
     config.add_argument("run_file", nargs="?", metavar="RUN_YAML")
@@ -175,6 +184,13 @@ def _run_file_verb(
     verb.add_argument("run_file", metavar="RUN_YAML")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run file")
     return verb
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {value}")
+    return value
 
 
 def _checkpoint_option(verb: argparse.ArgumentParser) -> None:

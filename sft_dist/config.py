@@ -133,7 +133,7 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     run_dir: str
     """Folder of this run: checkpoints, metrics, logs, outcome."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Order of the data and dropout follow from this and from nothing else."""
     model: ModelConfig
     data: DataConfig = DataConfig()
@@ -225,6 +225,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key written twice, of which one would vanish."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (written, _) in zip(keys, node.value, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", written.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(run_file: Path) -> dict[str, Any]:
     try:
         text = run_file.read_text(encoding="utf-8")
@@ -233,7 +244,7 @@ def _read_yaml(run_file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{run_file}: cannot be read: {error}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"{run_file}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):

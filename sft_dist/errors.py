@@ -4,6 +4,8 @@ Whatever a user can cause or mend is a UserError and is printed without a traceb
 exception is a bug and keeps its traceback (exit code 1). Codes follow sysexits.h.
 """
 
+import sys
+from contextlib import suppress
 from enum import IntEnum
 
 
@@ -22,7 +24,7 @@ class ExitCode(IntEnum):
 class UserError(Exception):
     """Base of every error with a message for people; `exit_code` is what the process ends with."""
 
-    exit_code = ExitCode.BUG
+    exit_code: int = ExitCode.BUG
 
 
 class UsageError(UserError):
@@ -59,3 +61,17 @@ class ConfigError(UserError):
     """The run file asks for something impossible, or does not fit what is resumed."""
 
     exit_code = ExitCode.CONFIG
+
+
+class Interrupted(UserError):
+    """A signal arrived while there was nothing to checkpoint."""
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__(f"stopped by {name} before the first step; nothing to checkpoint")
+        self.exit_code = 128 + number
+
+
+def say(line: str) -> None:
+    """One line for people on stderr. A closed terminal is no reason to end."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

@@ -23,13 +23,15 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
     from transformers.utils import logging
 
     from sft_dist.model.engine import set_environment
+    from sft_dist.model.loading import load_config
 
     logging.disable_progress_bar()
     set_environment()
     config = rundir.saved_config(run_dir)
     checkpoint = find(run_dir, which)
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"--output: {output} exists and is not empty")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output: {output} exists and is not an empty folder")
+    load_config(config.model, max_length=2)  # a base model that moved is told before anything is written
     temporary = output.with_name(output.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config import ModelConfig
+from sft_dist.data.rendering import load_tokenizer, template_text
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.train import checkpoint as checkpoints
 from sft_dist.train import rundir
@@ -12,13 +13,17 @@ from sft_dist.train import rundir
 def run(model: str, *, prompt: str, system: str | None, checkpoint: str, max_new_tokens: int) -> ExitCode:
     """Print the greedy answer."""
     import torch
+    from jinja2 import TemplateError
 
     causal_lm, tokenizer, stop_ids = _load(model, checkpoint)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(causal_lm.device)
+    try:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(causal_lm.device)
+    except TemplateError as error:
+        raise ConfigError(f"--model: {model}: its chat template refuses the prompt: {error}") from None
     with torch.no_grad():
         output = causal_lm.generate(
             **inputs,
@@ -33,7 +38,6 @@ def run(model: str, *, prompt: str, system: str | None, checkpoint: str, max_new
 
 def _load(model: str, which: str) -> tuple[Any, Any, list[int]]:
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from sft_dist.model import loading, zero
@@ -50,17 +54,14 @@ def _load(model: str, which: str) -> tuple[Any, Any, list[int]]:
     config = config.model_copy(update={"attention": "sdpa"})
     model_config = loading.load_config(config, max_length=2)
     causal_lm = loading.load_causal_lm(config, model_config, dtype=compute_dtype(config), max_length=2)
-    tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    stop_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    template = None if found is None else str(found.manifest["template"])
+    tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
+    tokenizer.chat_template = template or template_text(tokenizer, config.path, None)
+    stop_ids = [tokenizer.eos_token_id]
     if found is not None:
         zero.assign(causal_lm, stored_parameters(found.folder))
-        tokenizer.chat_template = found.manifest["template"]
         stop_ids += found.manifest["stop_ids"]
-    if not tokenizer.chat_template:
-        raise ConfigError(f"--model: {model}: its tokenizer has no chat template")
     known = causal_lm.generation_config.eos_token_id
     stop_ids += [] if known is None else [known] if isinstance(known, int) else list(known)
-    if not stop_ids:
-        raise ConfigError(f"--model: {model}: neither tokenizer nor generation config names a token to stop at")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return causal_lm.eval().to(device), tokenizer, list(dict.fromkeys(stop_ids))

@@ -36,7 +36,10 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
         for span in sample.spans:
             own = int((turns == span.message).sum())
             print(f"   message {span.message + 1} {span.role}: tokens {span.start}-{span.end}, {own} trained", file=out)
-    print(f"trained tokens are marked {'green' if out.isatty() else json.dumps(''.join(marks), ensure_ascii=False)}")
+    print(
+        f"trained tokens are marked {'green' if out.isatty() else json.dumps(''.join(marks), ensure_ascii=False)}",
+        file=out,
+    )
     print(describe(dataset, config), file=out)
     return ExitCode.DONE
 

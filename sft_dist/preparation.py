@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,17 @@ def training_set(config: RunConfig) -> tuple[PreparedDataset, Plan]:
     return dataset, plan
 
 
+def heldout_set(config: RunConfig) -> PreparedDataset | None:
+    """The prepared held-out data, under the same policies. Raises DataError when none of it fits."""
+    if not config.data.heldout:
+        return None
+    dataset = prepare(config.data.heldout, config.model, config.data)
+    _apply_overflow(dataset, config)
+    if len(too_long(dataset, config.data.max_length)) == len(dataset):
+        raise DataError(f"data.heldout: no sample fits into data.max_length ({config.data.max_length:,})")
+    return dataset
+
+
 def too_long(dataset: PreparedDataset, max_length: int) -> list[int]:
     """Numbers of the samples that do not fit into a pack."""
     return [int(number) for number in (dataset.lengths > max_length).nonzero()[0]]
@@ -84,29 +95,31 @@ def describe(dataset: PreparedDataset, config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def write_left_out(dataset: PreparedDataset, config: RunConfig, path: Path) -> None:
-    """Every conversation that is not trained on, one JSON line each with the reason."""
+def write_left_out(datasets: Mapping[str, PreparedDataset], config: RunConfig, path: Path) -> None:
+    """Every conversation that takes no part, one JSON line each with the reason."""
     with open(path, "w", encoding="utf-8") as file:
-        for item in _refused(dataset):
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
-        for number in too_long(dataset, config.data.max_length):
-            sample = dataset[number]
-            detail = f"{len(sample.ids):,} tokens, data.max_length is {config.data.max_length:,}"
-            entry = {"id": sample.conversation_id, "index": sample.index, "reason": "too long", "detail": detail}
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        for name, dataset in datasets.items():
+            for item in _refused(dataset):
+                file.write(json.dumps({"set": name} | item, ensure_ascii=False) + "\n")
+            for number in too_long(dataset, config.data.max_length):
+                sample = dataset[number]
+                detail = f"{len(sample.ids):,} tokens, data.max_length is {config.data.max_length:,}"
+                entry = {"set": name, "id": sample.conversation_id, "reason": "too long", "detail": detail}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def say_left_out(dataset: PreparedDataset, config: RunConfig) -> None:
-    reasons = Counter(dataset.manifest["num_refused"])
-    if number := len(too_long(dataset, config.data.max_length)):
-        reasons["too long"] = number
-    if reasons:
-        total = dataset.manifest["num_records"]
-        print(
-            f"left out {sum(reasons.values()):,} of {total:,} conversations: {summarise(reasons)} "
-            f"(listed in {Path(config.run_dir) / 'left_out.jsonl'})",
-            file=sys.stderr,
-        )
+def say_left_out(datasets: Mapping[str, PreparedDataset], config: RunConfig) -> None:
+    for name, dataset in datasets.items():
+        reasons = Counter(dataset.manifest["num_refused"])
+        if number := len(too_long(dataset, config.data.max_length)):
+            reasons["too long"] = number
+        if reasons:
+            total = dataset.manifest["num_records"]
+            print(
+                f"{name}: left out {sum(reasons.values()):,} of {total:,} conversations: {summarise(reasons)} "
+                f"(listed in {Path(config.run_dir) / 'left_out.jsonl'})",
+                file=sys.stderr,
+            )
 
 
 def _apply_overflow(dataset: PreparedDataset, config: RunConfig) -> None:

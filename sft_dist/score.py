@@ -76,7 +76,7 @@ def _score(
     open_session(world)
     say = print_from_main(world)
     engine = engines.inference_engine(config, world, weights)
-    difference = probe.check(engine, probe.choose(dataset))
+    difference = probe.check(engine, probe.choose(dataset, config.data.max_length))
     say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
     packs = scoring_packs(dataset.lengths, config.data.max_length)
     mine: list[TurnScore] = []
@@ -122,20 +122,26 @@ def _records(dataset: PreparedDataset, turns: Mapping[int, list[Any]], max_lengt
 
 
 def _check_writable(output: Path) -> None:
+    if output.is_dir():
+        raise StorageError(f"--output: {output}: is a folder; name a file")
+    temporary = output.with_name(output.name + ".tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with open(output.with_name(output.name + ".tmp"), "w"):
-            pass
+        temporary.touch()
+        temporary.unlink()
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from error
 
 
 def _write(output: Path, lines: list[dict[str, Any]]) -> None:
     temporary = output.with_name(output.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(temporary, output)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(temporary, output)
+    except OSError as error:
+        raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from error
 
 
 def _say_summary(dataset: PreparedDataset, lines: list[dict[str, Any]], output: Path) -> None:

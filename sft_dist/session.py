@@ -1,13 +1,13 @@
 """Opening and closing the process group of a verb: device, threads, backend."""
 
 import os
-import sys
 from collections.abc import Callable
 
 import torch
 
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, start
+from sft_dist.errors import say
 from sft_dist.model.engine import set_environment
 
 
@@ -36,8 +36,8 @@ def close_session() -> None:
 def print_from_main(world: World) -> Callable[[str], None]:
     """A function that prints a line to stderr on rank 0 and nowhere else."""
 
-    def say(line: str) -> None:
+    def say_from_main(line: str) -> None:
         if world.is_main:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
-    return say
+    return say_from_main

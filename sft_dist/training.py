@@ -1,21 +1,22 @@
 """The verb `train`: from a run file to a tuned model's checkpoints, resuming by itself."""
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
-from sft_dist.data.prepare import prepare
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ConfigError, ExitCode, UserError
-from sft_dist.preparation import say_left_out, training_set, write_left_out
+from sft_dist.errors import ClusterError, ConfigError, ExitCode, UserError
+from sft_dist.preparation import heldout_set, say_left_out, training_set, write_left_out
 
 
 def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
-    """Train until done or asked to stop. Every way out but a crash leaves RUN_DIR/outcome.json, written first."""
+    """Train until done or asked to stop. Every way out but a kill leaves RUN_DIR/outcome.json, written first."""
     from sft_dist.train import rundir
 
     world = find_world(env)
@@ -23,15 +24,27 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     lock = rundir.RunLock(run_dir) if world.is_main else None
     try:
         exit_code = _train(config, world)
-    except UserError as error:
+    except BaseException as error:
+        told = _for_people(error)
         if lock is not None:
-            rundir.write_outcome(
-                run_dir, exit_code=error.exit_code, reason=str(error), step=None, checkpoint=_newest(run_dir)
-            )
-        raise
+            reason = f"{type(told).__name__}: {told}"
+            code = told.exit_code if isinstance(told, UserError) else ExitCode.BUG
+            code = 130 if isinstance(told, KeyboardInterrupt) else code
+            rundir.write_outcome(run_dir, exit_code=code, reason=reason, step=None, checkpoint=_newest(run_dir))
+        if told is error:
+            raise
+        raise told from error
     if lock is not None:
         lock.release()
     return exit_code
+
+
+def _for_people(error: BaseException) -> BaseException:
+    """A collective that fails because a peer died is no bug of this rank; everything else stays what it is."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and re.search("(?i)closed by peer|connection reset|broken pipe", text):
+        return ClusterError(f"another rank is gone: {text.splitlines()[0]}")
+    return error
 
 
 def _train(config: RunConfig, world: World) -> ExitCode:
@@ -40,11 +53,12 @@ def _train(config: RunConfig, world: World) -> ExitCode:
 
     # Before any process group exists, so that no collective waits for a tokeniser.
     dataset, plan = training_set(config)
-    heldout = prepare(config.data.heldout, config.model, config.data) if config.data.heldout else None
+    heldout = heldout_set(config)
     run_dir = Path(config.run_dir)
     if world.is_main:
-        say_left_out(dataset, config)
-        write_left_out(dataset, config, run_dir / "left_out.jsonl")
+        sets = {"train": dataset} | ({"heldout": heldout} if heldout is not None else {})
+        say_left_out(sets, config)
+        write_left_out(sets, config, run_dir / "left_out.jsonl")
         _say_plan(config, world, plan)
     result = _with_group(config, world, dataset, plan, heldout)
     if world.is_main:
@@ -75,7 +89,7 @@ def _with_group(
     model_config = loading.load_config(config.model, config.data.max_length)
     open_session(world)
     say = print_from_main(world)
-    facts = contract.facts(config, dataset, model_config)
+    facts = contract.facts(config, dataset, heldout, model_config)
     resumed = _resumed_from(config, world)
     if resumed is not None:
         contract.check(resumed, facts, allow_changed=config.checkpoint.allow_changed)
@@ -87,14 +101,25 @@ def _with_group(
     state = checkpoint.TrainState()
     if resumed is not None:
         engine.load(resumed.folder)
-        state = resumed.state
+        state = _state_of(resumed, facts, say)
+        if world.is_main and config.checkpoint.keep_best:
+            checkpoint.mark_best(run_dir, state)
         say(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
-    planned = plan_heldout(heldout, config, say) if heldout is not None else None
+    planned = plan_heldout(heldout, config) if heldout is not None else None
     try:
         return Run(config, world, engine, dataset, plan, planned, state, metrics, facts).train()
     finally:
         metrics.close()
+
+
+def _state_of(resumed: Any, facts: dict[str, Any], say: Callable[[str], None]) -> Any:
+    """The state to continue from; a best NLL on other held-out data cannot be compared and is forgotten."""
+    state = resumed.state
+    if state.heldout_best_step is not None and resumed.manifest["heldout"] != facts["heldout"]:
+        say("data.heldout is not what it was: the best checkpoint so far is forgotten")
+        return replace(state, heldout_nll_best=None, heldout_best_step=None, heldout_nll_before=None)
+    return state
 
 
 def _resumed_from(config: RunConfig, world: World) -> Any:
@@ -104,7 +129,7 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
     run_dir, resume = Path(config.run_dir), config.checkpoint.resume
     match resume:
         case "never":
-            if any(checkpoint.checkpoints_dir(run_dir).glob("step-*")):
+            if checkpoint.step_folders(run_dir):
                 raise ConfigError(
                     f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run_dir or remove them"
                 )
@@ -115,6 +140,11 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
                 raise ConfigError(f"checkpoint.resume: must, but {run_dir} holds no valid checkpoint")
             return found
         case _:
+            # A requeued run names the same start again: its own progress since then comes first.
+            inside = run_dir.resolve() in Path(resume).resolve().parents
+            own = None if inside else checkpoint.newest_valid(run_dir, world, print_from_main(world))
+            if own is not None:
+                return own
             fault = checkpoint.fault_of(Path(resume), world)
             if fault is not None:
                 raise ConfigError(f"checkpoint.resume: {resume}: {fault}")
@@ -138,10 +168,10 @@ def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
         flush=True,
     )
     per_micro_step = world.size * config.batch.packs_per_micro_batch
-    if empty := -plan.global_packs % per_micro_step:
+    if idle := -plan.global_packs % per_micro_step:
         print(
             f"batch.global_packs ({plan.global_packs}) does not divide over {world.size} ranks x "
-            f"{config.batch.packs_per_micro_batch}: {empty} empty forwards in every step",
+            f"{config.batch.packs_per_micro_batch}: room for {idle} more packs stays empty in every step",
             file=sys.stderr,
         )
 
@@ -149,5 +179,5 @@ def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
 def _newest(run_dir: Path) -> str | None:
     from sft_dist.train import checkpoint
 
-    folders = sorted(checkpoint.checkpoints_dir(run_dir).glob("step-*"))
+    folders = list(checkpoint.step_folders(run_dir).values())
     return str(folders[-1]) if folders else None

@@ -56,6 +56,8 @@ def test_bad_overrides_are_config_errors(tmp_path: Path, override: str) -> None:
         "run_dir: [\n",
         MINIMAL + "optimizer: {learning_rate: .nan}\n",
         MINIMAL + "optimizer: {betas: [0.9, 1.0]}\n",
+        MINIMAL + "seed: -1\n",
+        MINIMAL + "data: {max_length: 8}\ndata: {overflow: error}\n",
     ],
 )
 def test_impossible_run_files_are_config_errors(tmp_path: Path, text: str) -> None:

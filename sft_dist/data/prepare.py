@@ -146,7 +146,7 @@ def _shard_results(
         initializer=_start_worker,
         initargs=(model.path, data.chat_template, model.trust_remote_code),
     )
-    with pool:
+    try:
         waiting: list[Future[_ShardResult]] = []
         for number, chunk in enumerate(chain(first, chunks)):
             waiting.append(pool.submit(_render_shard_in_worker, folder, number, chunk))
@@ -154,6 +154,8 @@ def _shard_results(
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _all_rows(sources: Sequence[str]) -> Iterator[Row]:

@@ -82,7 +82,13 @@ class Renderer:
 
 
 def load_renderer(model_path: str, chat_template: str | None, *, trust_remote_code: bool) -> Renderer:
-    """Load the tokenizer of a model folder or Hub id. Raises ConfigError that names what is missing."""
+    """The tokenizer of a model folder or Hub id with its template, or the one given. Raises ConfigError."""
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+    return Renderer(tokenizer, template_text(tokenizer, model_path, chat_template))
+
+
+def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> Any:
+    """Raises ConfigError that names what is missing."""
     from transformers import AutoTokenizer
 
     try:
@@ -97,10 +103,11 @@ def load_renderer(model_path: str, chat_template: str | None, *, trust_remote_co
         raise ConfigError(f"model.path: {model_path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
     if tokenizer.eos_token is None:
         raise ConfigError(f"model.path: {model_path}: its tokenizer names no eos_token, so no answer could end")
-    return Renderer(tokenizer, _template_text(tokenizer, model_path, chat_template))
+    return tokenizer
 
 
-def _template_text(tokenizer: Any, model_path: str, chat_template: str | None) -> str:
+def template_text(tokenizer: Any, model_path: str, chat_template: str | None) -> str:
+    """The template given, else the tokenizer's. Raises ConfigError when there is none."""
     if chat_template is not None:
         path = TEMPLATES_DIR / f"{chat_template}.jinja" if chat_template == "chatml" else Path(chat_template)
         try:
@@ -140,8 +147,10 @@ def render(renderer: Renderer, conversations: Sequence[Conversation]) -> list[Sa
             results.append(layout)
             continue
         encoded = next(tokens)
-        is_refused = isinstance(encoded, RecordError)
-        results.append(encoded if is_refused else _attempt(_verified_sample, renderer, layout, encoded))
+        if isinstance(encoded, RecordError):
+            results.append(encoded)
+        else:
+            results.append(_attempt(_verified_sample, renderer, layout, encoded))
     return results
 
 

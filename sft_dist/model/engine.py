@@ -97,6 +97,7 @@ class Engine:
     def __init__(self, engine: Any, world: World) -> None:
         self._engine = engine
         self._world = world
+        self._failures: list[str] = []
 
     @property
     def device(self) -> torch.device:
@@ -134,8 +135,30 @@ class Engine:
             group["lr"] = learning_rate
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shards below `folder`; publishing them is train/checkpoint.py's business."""
+        """Write this rank's shards below `folder`; publishing them is train/checkpoint.py's business.
+
+        Raises OSError when a file cannot be written, after DeepSpeed has passed its barriers with the other ranks.
+        """
+        self._failures.clear()
         self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False)
+        if self._failures:
+            raise OSError(self._failures[0])
+
+    def use_safe_files(self) -> None:
+        """Load without pickle rights, and keep write errors until all ranks have left DeepSpeed's save."""
+        checkpoint_engine = self._engine.checkpoint_engine
+        write = checkpoint_engine.save
+
+        def save(state_dict: Any, path: str) -> None:
+            try:
+                write(state_dict, path)
+            except (OSError, RuntimeError) as error:
+                self._failures.append(f"{path}: {error}")
+
+        def load(path: str, map_location: Any = None) -> dict[str, Any]:
+            return zero.safe_load(path, mmap=False)
+
+        checkpoint_engine.save, checkpoint_engine.load = save, load
 
     def load(self, folder: Path) -> None:
         """Weights and optimizer state of the same number of ranks."""
@@ -170,8 +193,9 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
         fused=torch.cuda.is_available(),
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
-    engine.checkpoint_engine.load = _safe_load_for_deepspeed
-    return Engine(engine, world)
+    result = Engine(engine, world)
+    result.use_safe_files()
+    return result
 
 
 def inference_engine(config: RunConfig, world: World, weights: Path | None) -> Engine:
@@ -227,10 +251,6 @@ def _recompute_layers(causal_lm: Any) -> None:
         causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     else:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _safe_load_for_deepspeed(path: str, map_location: Any = None) -> dict[str, Any]:
-    return zero.safe_load(path, mmap=False)
 
 
 def _quiet() -> None:

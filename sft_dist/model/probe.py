@@ -26,14 +26,14 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 Probe = tuple[Sample, ...]
 
 
-def choose(dataset: PreparedDataset) -> Probe:
+def choose(dataset: PreparedDataset, max_length: int) -> Probe:
     """The beginnings of two of the shortest samples: a check that costs next to nothing."""
     shortest = np.argsort(dataset.lengths, kind="stable")[:2]
-    return tuple(_beginning(dataset[int(number)]) for number in shortest)
+    return tuple(_beginning(dataset[int(number)], min(_MAX_TOKENS, max_length)) for number in shortest)
 
 
-def _beginning(sample: Sample) -> Sample:
-    ids = sample.ids[:_MAX_TOKENS]
+def _beginning(sample: Sample, num_tokens: int) -> Sample:
+    ids = sample.ids[:num_tokens]
     return replace(sample, ids=ids, spans=(Span(0, "user", 0, 0, len(ids), len(ids)),), turns=())
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class TrainState:
     last_loss: float | None = None
     heldout_nll_before: float | None = None  # per token, at step 0
     heldout_nll_best: float | None = None
+    heldout_best_step: int | None = None
     heldout_nll_last: float | None = None
 
 
@@ -92,9 +94,7 @@ def save(
 
 def newest_valid(run_dir: Path, world: World, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose files are all as its manifest says, agreed over all ranks."""
-    names = sorted((path.name for path in checkpoints_dir(run_dir).glob("step-*")), reverse=True)
-    for name in collectives.from_main(names):
-        folder = checkpoints_dir(run_dir) / name
+    for folder in reversed(collectives.from_main(list(step_folders(run_dir).values()))):
         fault = fault_of(folder, world)
         if fault is None:
             return read(folder)
@@ -122,10 +122,12 @@ def read(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
-        TrainState(**manifest["state"]) if version == FORMAT else None
+        if version == FORMAT:
+            TrainState(**manifest["state"])
+            manifest["world_size"], manifest["files"].items()
     except FileNotFoundError:
         raise StorageError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path}: not a readable manifest: {error}") from None
     if version != FORMAT:
         raise ConfigError(f"{path}: written in format {version}; this version reads format {FORMAT}")
@@ -137,15 +139,14 @@ def find(run_dir: Path, which: str) -> Checkpoint:
 
     Raises ConfigError for a name that leads nowhere, StorageError for a damaged checkpoint.
     """
-    parent = checkpoints_dir(run_dir)
-    steps = sorted(parent.glob("step-*"))
+    parent, steps = checkpoints_dir(run_dir), step_folders(run_dir)
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
     if which == "best-or-last":
         which = "last" if best_step(run_dir) is None else "best"
     match which:
         case "last":
-            candidates = list(reversed(steps))
+            candidates = list(reversed(steps.values()))
         case "best":
             best = best_step(run_dir)
             if best is None:
@@ -155,14 +156,15 @@ def find(run_dir: Path, which: str) -> Checkpoint:
             candidates = [parent / f"step-{int(which):08d}"]
         case _:
             raise ConfigError(f"checkpoint {which!r}: expected best, last or a step number")
-    faults = []
+    faults: list[str] = []
     for folder in candidates:
         fault = fault_of(folder, None)
         if fault is None:
+            for skipped in faults:
+                print(f"not used: {skipped}", file=sys.stderr)
             return read(folder)
         faults.append(fault)
-    there = ", ".join(str(int(path.name.removeprefix("step-"))) for path in steps)
-    raise StorageError("; ".join(faults) + f" (steps there: {there})")
+    raise StorageError("; ".join(faults) + f" (steps there: {', '.join(map(str, steps))})")
 
 
 def best_step(run_dir: Path) -> int | None:
@@ -172,19 +174,39 @@ def best_step(run_dir: Path) -> int | None:
         return None
 
 
-def mark_best(run_dir: Path, step: int, nll: float) -> None:
-    write_json(checkpoints_dir(run_dir) / BEST, {"step": step, "heldout_nll": nll})
+def mark_best(run_dir: Path, state: TrainState) -> None:
+    """Write which step is the best, from what every manifest carries; rank 0."""
+    path = checkpoints_dir(run_dir) / BEST
+    if state.heldout_best_step is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, {"step": state.heldout_best_step, "heldout_nll": state.heldout_nll_best})
 
 
-def evict(run_dir: Path, *, keep: int, protected: Iterable[int]) -> None:
-    """Remove all but the newest `keep` checkpoints and the protected steps; called after a publish, by rank 0."""
-    folders = sorted(checkpoints_dir(run_dir).glob("step-*"))
-    safe = set(protected)
-    for folder in folders[:-keep]:
-        if int(folder.name.removeprefix("step-")) not in safe and not folder.is_symlink():
-            # Without its manifest a half-deleted folder is no checkpoint.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+def step_folders(run_dir: Path) -> dict[int, Path]:
+    """Step -> folder of everything named like a checkpoint, ascending; other names are left alone."""
+    found = {}
+    for path in checkpoints_dir(run_dir).glob("step-*"):
+        digits = path.name.removeprefix("step-")
+        if len(digits) == 8 and digits.isdigit() and path.is_dir() and not path.is_symlink():
+            found[int(digits)] = path
+    return dict(sorted(found.items()))
+
+
+def evict(run_dir: Path, *, published: int, keep: int, protected: Iterable[int]) -> list[int]:
+    """Remove all but the newest `keep` checkpoints and the protected steps; called by rank 0 after a publish.
+
+    Checkpoints beyond the published step are of a continuation that was given up (damaged, or left behind by a
+    resume from an older one); they go too, or the next resume would take them. Returns the steps removed.
+    """
+    folders = step_folders(run_dir)
+    kept = {published, *protected} | set([step for step in folders if step <= published][-keep:])
+    removed = [step for step in folders if step not in kept]
+    for step in removed:
+        # Without its manifest a half-deleted folder is no checkpoint.
+        (folders[step] / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folders[step], ignore_errors=True)
+    return removed
 
 
 def sweep_temporaries(run_dir: Path) -> None:

@@ -21,7 +21,9 @@ _NOT_MATHEMATICS = {"_name_or_path", "transformers_version", "dtype", "torch_dty
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
 
 
-def facts(config: RunConfig, dataset: PreparedDataset, model_config: Any) -> dict[str, Any]:
+def facts(
+    config: RunConfig, dataset: PreparedDataset, heldout: PreparedDataset | None, model_config: Any
+) -> dict[str, Any]:
     """What goes into every checkpoint's manifest about the run that wrote it."""
     tree = model_config.to_dict()
     model = {key: value for key, value in tree.items() if key not in _NOT_MATHEMATICS}
@@ -29,6 +31,7 @@ def facts(config: RunConfig, dataset: PreparedDataset, model_config: Any) -> dic
         "config": flatten(config.model_dump(mode="json")),
         "dtype": str(compute_dtype(config.model)).removeprefix("torch."),
         "data": dataset.folder.name,  # content-addressed
+        "heldout": None if heldout is None else heldout.folder.name,
         "template": dataset.manifest["template"],
         "stop_ids": dataset.manifest["stop_ids"],
         "model": hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()[:16],

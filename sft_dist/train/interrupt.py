@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 from sft_dist.distributed.collectives import all_max
@@ -23,7 +24,9 @@ class StopRequest:
             os._exit(128 + signal.SIGINT)
         self._received = number
         # os.write, not print: a handler may interrupt a print that holds the stream's lock.
-        os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
+        # A closed terminal (Ctrl-C ends `tee` too) must not cost the checkpoint.
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
     def agreed(self) -> str | None:
         """The name of a signal that any rank received, the same on every rank; None if none did. A collective."""

@@ -4,7 +4,6 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
-from sft_dist.errors import DataError, ExitCode, TrainingError
+from sft_dist.errors import ExitCode, TrainingError
 from sft_dist.model import probe
 from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.engine import Engine
@@ -73,7 +72,7 @@ class Run:
         self.stop = StopRequest()
         self._facts = facts
         self._run_dir = Path(config.run_dir)
-        self._probe = probe.choose(dataset)
+        self._probe = probe.choose(dataset, config.data.max_length)
         self._saved_step: int | None = state.step if state.step else None
 
     def train(self) -> Result:
@@ -98,25 +97,11 @@ class Run:
 
     def _step(self, step: int) -> None:
         started = time.monotonic()
-        config, world, plan = self.config, self.world, self.plan
-        micro_batches = plan.micro_batches(
-            step,
-            data_rank=world.rank,
-            data_size=world.size,
-            packs_per_micro_batch=config.batch.packs_per_micro_batch,
-        )
-        denominator = plan.denominator(step)
-        rate = learning_rate(step, plan.num_steps, config.optimizer, config.schedule)
+        config = self.config
+        rate = learning_rate(step, self.plan.num_steps, config.optimizer, config.schedule)
         self.engine.set_lr(rate)
         self.engine.train()
-        local_nll = 0.0
-        for number, pack in enumerate(micro_batches):
-            _seed_dropout(config.seed, step, number, world.rank)
-            batch = collate([self.dataset[index] for index in pack], config.objective.train_on)
-            nll = weighted_nll(self.engine.logprobs(batch), batch)
-            self.engine.backward(nll / denominator, is_last=number == len(micro_batches) - 1)
-            local_nll += float(nll.detach())
-        loss = collectives.all_sum([local_nll])[0] / denominator
+        loss = accumulate_gradient(self.engine, self.dataset, self.plan, step, config, self.world)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")
         applied, grad_norm = self.engine.step()
@@ -177,6 +162,8 @@ class Run:
             self.world,
             config.batch.packs_per_micro_batch,
         )
+        if not math.isfinite(nll):
+            raise TrainingError(f"the held-out NLL at step {step:,} is {nll}{self._advice()}")
         self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token")
         self.metrics.record("heldout", step, nll=nll)
         best = self.state.heldout_nll_best
@@ -184,11 +171,9 @@ class Run:
         if step == 0:
             self.state = replace(self.state, heldout_nll_before=nll)
         elif best is None or nll < best:
-            self.state = replace(self.state, heldout_nll_best=nll)
+            self.state = replace(self.state, heldout_nll_best=nll, heldout_best_step=step)
             if config.checkpoint.keep_best:
                 self._save()
-                if self.world.is_main:
-                    checkpoint.mark_best(self._run_dir, step, nll)
         else:
             self.metrics.say(f"warning: held-out NLL rises: {nll:.4f} at step {step:,}, {best:.4f} at its best")
 
@@ -219,8 +204,15 @@ class Run:
         )
         self._saved_step = self.state.step
         if self.world.is_main:
-            best = checkpoint.best_step(self._run_dir)
-            checkpoint.evict(self._run_dir, keep=self.config.checkpoint.keep, protected=[] if best is None else [best])
+            best = self.state.heldout_best_step
+            if self.config.checkpoint.keep_best:
+                checkpoint.mark_best(self._run_dir, self.state)
+            checkpoint.evict(
+                self._run_dir,
+                published=saved.step,
+                keep=self.config.checkpoint.keep,
+                protected=[] if best is None else [best],
+            )
         self.metrics.say(f"checkpoint {saved.folder} in {time.monotonic() - started:.1f} s")
 
     def _advice(self) -> str:
@@ -254,21 +246,32 @@ class Run:
         return Result(exit_code, reason, state, summary)
 
 
+def accumulate_gradient(
+    engine: Engine, dataset: PreparedDataset, plan: Plan, step: int, config: RunConfig, world: World
+) -> float:
+    """All forwards and backwards of one step; returns its loss over all ranks. docs/objective.md, section 5."""
+    micro_batches = plan.micro_batches(
+        step, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
+    )
+    denominator = plan.denominator(step)
+    local_nll = 0.0
+    for number, pack in enumerate(micro_batches):
+        _seed_dropout(config.seed, step, number, world.rank)
+        batch = collate([dataset[index] for index in pack], config.objective.train_on)
+        nll = weighted_nll(engine.logprobs(batch), batch)
+        engine.backward(nll / denominator, is_last=number == len(micro_batches) - 1)
+        local_nll += float(nll.detach())
+    return collectives.all_sum([local_nll])[0] / denominator
+
+
 def weighted_nll(logprobs: Tensor, batch: Batch) -> Tensor:
     """-Σ w log Pr over this batch's targets, summed, not averaged: the step's denominator divides it once."""
     weights = batch.weights[0][batch.targets[0] != IGNORE].to(logprobs.device)
     return -(logprobs * weights).sum()
 
 
-def plan_heldout(dataset: PreparedDataset, config: RunConfig, say: Callable[[str], None]) -> Heldout:
-    lengths = dataset.lengths
-    too_long = int((lengths > config.data.max_length).sum())
-    if too_long:
-        say(f"held-out: {too_long:,} of {len(lengths):,} samples are longer than data.max_length and left out")
-    packs = scoring_packs(lengths, config.data.max_length)
-    if not packs:
-        raise DataError(f"data.heldout: no sample fits into data.max_length ({config.data.max_length:,})")
-    return Heldout(dataset, packs)
+def plan_heldout(dataset: PreparedDataset, config: RunConfig) -> Heldout:
+    return Heldout(dataset, scoring_packs(dataset.lengths, config.data.max_length))
 
 
 def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:

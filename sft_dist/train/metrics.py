@@ -1,11 +1,11 @@
 """What a run says: one line a step for people, JSON Lines and TensorBoard for tools. Rank 0 only."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, TextIO
 
 from sft_dist.config import LoggingConfig
+from sft_dist.errors import say
 
 
 class Metrics:
@@ -28,7 +28,7 @@ class Metrics:
     def say(self, line: str) -> None:
         """One line for people, from rank 0."""
         if self._is_main:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def record(self, kind: str, step: int, **values: float | int | str | None) -> None:
         """One entry of the metrics file; numbers also go to TensorBoard as kind/name."""
@@ -87,7 +87,7 @@ def _cut_back(path: Path, first_step: int) -> None:
             entry = json.loads(line)
         except ValueError:
             continue
-        if entry["step"] <= first_step:
+        if entry["step"] <= first_step and first_step:
             kept.append(line + "\n")
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,5 +1,6 @@
 """What the ranks of a test world compute; started by tests/helpers/worlds.py, one process a rank."""
 
+import errno
 import json
 import os
 import sys
@@ -13,11 +14,13 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import prepare
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
+from sft_dist.errors import StorageError
 from sft_dist.model import engine as engines
-from sft_dist.model.batch import collate
 from sft_dist.session import close_session, open_session
+from sft_dist.train import checkpoint
+from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.evaluate import score_pack, scoring_packs
-from sft_dist.train.loop import weighted_nll
+from sft_dist.train.loop import accumulate_gradient
 
 MAX_LENGTH = 384
 
@@ -56,21 +59,16 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
     )
     engine = engines.training_engine(config, world, None)
     engine.train()
+    loss = accumulate_gradient(engine, dataset, plan, 0, config, world)
     forwards = plan.micro_batches(
         0, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
     )
-    total = 0.0
-    for number, pack in enumerate(forwards):
-        batch = collate([dataset[index] for index in pack], config.objective.train_on)
-        nll = weighted_nll(engine.logprobs(batch), batch) / plan.denominator(0)
-        engine.backward(nll, is_last=number == len(forwards) - 1)
-        total += float(nll.detach())
     gradients = {
         name.removeprefix("model."): safe_get_full_grad(parameter).clone()
         for name, parameter in engine._engine.module.named_parameters()
     }
     return {
-        "loss": collectives.all_sum([total])[0],
+        "loss": loss,
         "gradients": gradients,
         "samples": [index for pack in plan.packs(0) for index in pack],
         "num_forwards": len(forwards),
@@ -93,7 +91,31 @@ def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, 
     return sorted(item for part in collectives.gather(found) for item in part)
 
 
-CASES = {"gradient": gradient, "scores": scores}
+def full_disk(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """What every rank raises when the last one cannot write its shard, and what is left in the run folder."""
+    config = run_config(case, folder)
+    engine = engines.training_engine(config, world, None)
+    run_dir = folder / "full"
+    checkpoint.save(run_dir, TrainState(step=1), world, engine.save, {})
+    write = torch.save
+    if world.rank == world.size - 1:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        torch.save = refuse
+    try:
+        checkpoint.save(run_dir, TrainState(step=2), world, engine.save, {})
+        raised = "nothing"
+    except StorageError as error:
+        raised = str(error)
+    torch.save = write
+    checkpoint.save(run_dir, TrainState(step=3), world, engine.save, {})
+    steps = {step: checkpoint.fault_of(path, world) for step, path in checkpoint.step_folders(run_dir).items()}
+    return {"raised": collectives.gather(raised), "steps": steps}
+
+
+CASES = {"gradient": gradient, "scores": scores, "full_disk": full_disk}
 
 
 def main() -> None:

@@ -38,6 +38,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             if size < 3:
                 keys.append(("scores", family, size))
                 cases.append(common | {"case": "scores"})
+        if size == 2:
+            keys.append(("full disk",))
+            cases.append({"model": models["llama"], "data": data, "global_packs": 1, "case": "full_disk"})
         if size < 3:
             keys.append(("gradient", "llama", "bfloat16", size))
             cases.append(
@@ -87,6 +90,13 @@ def test_gradient_is_that_of_one_rank_for_every_family(setting: dict[str, Any], 
     for size in (2, 3):
         answer = setting["answers"][("gradient", family, size, 1)]
         assert _largest_relative_difference(answer["gradients"], reference["gradients"]) < 1e-5
+
+
+def test_a_rank_that_cannot_write_fails_the_save_on_all_and_harms_nothing(setting: dict[str, Any]) -> None:
+    answer = setting["answers"][("full disk",)]
+    assert len(answer["raised"]) == 2
+    assert all("on rank 1" in text and "No space left" in text for text in answer["raised"])
+    assert answer["steps"] == {1: None, 3: None}, "the checkpoint before stays, and the next save works"
 
 
 def test_layouts_are_really_different(setting: dict[str, Any]) -> None:

@@ -64,7 +64,22 @@ def garble_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
 
 
-FAULTS = [truncate, flip_a_bit, remove_a_shard, swap_shards, mix_steps, remove_manifest, garble_manifest]
+def strip_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+FAULTS = [
+    truncate,
+    flip_a_bit,
+    remove_a_shard,
+    swap_shards,
+    mix_steps,
+    remove_manifest,
+    garble_manifest,
+    strip_manifest,
+]
 
 
 @pytest.mark.parametrize("damage", FAULTS)
@@ -95,7 +110,7 @@ def test_find_by_name(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path, "best-or-last").step == 3
     with pytest.raises(ConfigError, match="best"):
         checkpoint.find(tmp_path, "best")
-    checkpoint.mark_best(tmp_path, 2, 1.5)
+    checkpoint.mark_best(tmp_path, TrainState(step=3, heldout_nll_best=1.5, heldout_best_step=2))
     assert checkpoint.find(tmp_path, "best").step == 2
     assert checkpoint.find(tmp_path, "best-or-last").step == 2
     assert checkpoint.find(tmp_path, "1").step == 1
@@ -106,8 +121,18 @@ def test_find_by_name(tmp_path: Path) -> None:
 def test_eviction_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in range(1, 6):
         make(tmp_path, step)
-    checkpoint.evict(tmp_path, keep=2, protected=[2])
-    assert sorted(path.name[-1] for path in checkpoint.checkpoints_dir(tmp_path).iterdir()) == ["2", "4", "5"]
+    (checkpoint.checkpoints_dir(tmp_path) / "step-00000001.bak").mkdir()
+    assert checkpoint.evict(tmp_path, published=5, keep=2, protected=[2]) == [1, 3]
+    assert list(checkpoint.step_folders(tmp_path)) == [2, 4, 5]
+    assert (checkpoint.checkpoints_dir(tmp_path) / "step-00000001.bak").exists(), "a user's copy is left alone"
+
+
+def test_eviction_never_removes_what_was_just_published(tmp_path: Path) -> None:
+    for step in (90, 95, 100):
+        make(tmp_path, step)
+    flip_a_bit(checkpoint.step_folders(tmp_path)[100])
+    checkpoint.evict(tmp_path, published=95, keep=1, protected=[])
+    assert list(checkpoint.step_folders(tmp_path)) == [95], "what lies beyond is of a continuation given up"
 
 
 def test_temporaries_of_killed_saves_are_swept(tmp_path: Path) -> None:
