@@ -52,10 +52,12 @@ setup(
         "jinja2",
         "mpi4py>=4",
         "numpy",
+        "pyarrow",
         "pydantic>=2",
         "PyYAML",
         "safetensors",
         "tensorboard",
+        "tokenizers",
     ],
     extras_require={
         "mpi": ["mpich"],

@@ -69,7 +69,7 @@ def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
     )
     parser.add_argument("run_file", metavar="RUN_YAML", help="the run file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the run file to change")
-    parser.add_argument("--verb", default="train", help="what to run: train, evaluate, score, ... (train)")
+    parser.add_argument("--verb", default="train", help="what to run: train, score, ... (train)")
     parser.add_argument("--via", choices=get_args(Via), default="local", help="who starts the ranks (local)")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks (one a visible GPU; 1 without GPUs)")
     parser.add_argument("--master-port", type=int, metavar="PORT", help="port of rank 0 (a free one)")

@@ -1,7 +1,6 @@
 """The verb `prepare`, and what train, inspect and score share: data sets with the policies of the run file applied."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from sft_dist.data.packing import best_fit_decreasing
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import prepare, summarise
 from sft_dist.data.store import REFUSED, PreparedDataset
-from sft_dist.errors import ConfigError, DataError, ExitCode
+from sft_dist.errors import ConfigError, DataError, ExitCode, say
 
 _NAMED = 10
 
@@ -115,10 +114,9 @@ def say_left_out(datasets: Mapping[str, PreparedDataset], config: RunConfig) -> 
             reasons["too long"] = number
         if reasons:
             total = dataset.manifest["num_records"]
-            print(
+            say(
                 f"{name}: left out {sum(reasons.values()):,} of {total:,} conversations: {summarise(reasons)} "
-                f"(listed in {Path(config.run_dir) / 'left_out.jsonl'})",
-                file=sys.stderr,
+                f"(listed in {Path(config.run_dir) / 'left_out.jsonl'})"
             )
 
 

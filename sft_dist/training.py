@@ -1,7 +1,6 @@
 """The verb `train`: from a run file to a tuned model's checkpoints, resuming by itself."""
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ClusterError, ConfigError, ExitCode, UserError
+from sft_dist.errors import ClusterError, ConfigError, ExitCode, UserError, say
 from sft_dist.preparation import heldout_set, say_left_out, training_set, write_left_out
 
 
@@ -70,7 +69,7 @@ def _train(config: RunConfig, world: World) -> ExitCode:
             step=result.state.step,
             checkpoint=_newest(run_dir),
         )
-        print(f"{result.reason} at step {result.state.step:,}; everything lies in {run_dir}", file=sys.stderr)
+        say(f"{result.reason} at step {result.state.step:,}; everything lies in {run_dir}")
     close_session()
     return result.exit_code
 
@@ -88,7 +87,7 @@ def _with_group(
     run_dir = Path(config.run_dir)
     model_config = loading.load_config(config.model, config.data.max_length)
     open_session(world)
-    say = print_from_main(world)
+    say_once = print_from_main(world)
     facts = contract.facts(config, dataset, heldout, model_config)
     resumed = _resumed_from(config, world)
     if resumed is not None:
@@ -101,10 +100,10 @@ def _with_group(
     state = checkpoint.TrainState()
     if resumed is not None:
         engine.load(resumed.folder)
-        state = _state_of(resumed, facts, say)
+        state = _state_of(resumed, facts, say_once)
         if world.is_main and config.checkpoint.keep_best:
             checkpoint.mark_best(run_dir, state)
-        say(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
+        say_once(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
     planned = plan_heldout(heldout, config) if heldout is not None else None
     try:
@@ -113,11 +112,11 @@ def _with_group(
         metrics.close()
 
 
-def _state_of(resumed: Any, facts: dict[str, Any], say: Callable[[str], None]) -> Any:
+def _state_of(resumed: Any, facts: dict[str, Any], say_once: Callable[[str], None]) -> Any:
     """The state to continue from; a best NLL on other held-out data cannot be compared and is forgotten."""
     state = resumed.state
     if state.heldout_best_step is not None and resumed.manifest["heldout"] != facts["heldout"]:
-        say("data.heldout is not what it was: the best checkpoint so far is forgotten")
+        say_once("data.heldout is not what it was: the best checkpoint so far is forgotten")
         return replace(state, heldout_nll_best=None, heldout_best_step=None, heldout_nll_before=None)
     return state
 
@@ -160,19 +159,16 @@ def _initial_weights(config: RunConfig) -> Path | None:
 
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
-    print(
+    say(
         f"{plan.num_samples:,} conversations, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
         f"{plan.num_packs:,} packs of {config.data.max_length:,} (fill {plan.fill:.1%}); {plan.num_steps:,} steps of "
-        f"{plan.global_packs:,} packs on {world.size:,} rank(s)",
-        file=sys.stderr,
-        flush=True,
+        f"{plan.global_packs:,} packs on {world.size:,} rank(s)"
     )
     per_micro_step = world.size * config.batch.packs_per_micro_batch
     if idle := -plan.global_packs % per_micro_step:
-        print(
+        say(
             f"batch.global_packs ({plan.global_packs}) does not divide over {world.size} ranks x "
-            f"{config.batch.packs_per_micro_batch}: room for {idle} more packs stays empty in every step",
-            file=sys.stderr,
+            f"{config.batch.packs_per_micro_batch}: room for {idle} more packs stays empty in every step"
         )
 
 

@@ -98,6 +98,39 @@ def test_wrong_command_lines_are_usage_errors(bad: Place, arguments: list[str]) 
     assert bad.verb(*arguments).returncode == 2
 
 
+def test_score_refuses_an_output_it_cannot_write_before_any_work(bad: Place, tmp_path: Path) -> None:
+    done = bad.verb("score", str(bad.run_file), "--output", str(tmp_path))
+    assert done.returncode == 74 and "is a folder" in done.stderr
+    gone = bad.verb("score", str(bad.run_file), "--data", "nofile.jsonl", "--output", str(tmp_path / "x"))
+    assert gone.returncode == 65 and not list(tmp_path.iterdir())
+
+
+def test_score_of_samples_longer_than_max_length_says_so(bad: Place, tmp_path: Path) -> None:
+    sources = [str(bad.folder / "long.jsonl"), str(bad.folder / "heldout.jsonl")]
+    done = bad.verb(
+        "score", str(bad.run_file), "data.max_length=120", "--data", *sources, "--output", str(tmp_path / "x")
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "x").read_text().splitlines()]
+    assert "left_out" in lines[0] and lines[0]["turns"] == [] and len(lines) == 11
+    assert "too long" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "{}/no_tokenizer"], 78, "no tokenizer"),
+        (["--model", "{}/no_template"], 78, "no chat template"),
+        (["--model", "{}/nowhere"], 78, "nowhere"),
+        (["--model", "{}/model", "--max-new-tokens", "0"], 2, "from 1"),
+    ],
+)
+def test_generate_tells_what_is_missing(bad: Place, arguments: list[str], code: int, message: str) -> None:
+    done = bad.verb("generate", "--prompt", "x", *[text.format(bad.folder) for text in arguments])
+    assert done.returncode == code and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_export_of_something_else_is_refused(bad: Place, tmp_path: Path) -> None:
     done = bad.verb("export", str(bad.folder), "--output", str(tmp_path / "x"))
     assert done.returncode == 78 and "not a run folder" in done.stderr

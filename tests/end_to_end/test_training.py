@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.end_to_end.conftest import Place
 from tests.helpers import oracle
-from tests.helpers.conversations import write_jsonl
+from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.worlds import free_port, rank_environment, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -227,6 +227,56 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(place: Place) -> None:
     outcome = place.outcome("signal")
     assert outcome["reason"] == "stopped by SIGTERM"
     assert outcome["checkpoint"].endswith(f"step-{outcome['step']:08d}")
+
+
+def test_a_signal_before_the_first_step_leaves_an_outcome(place: Place) -> None:
+    run_dir = place.folder / "early"
+    run = subprocess.Popen(
+        [sys.executable, "-m", "sft_dist", "train", str(place.run_file), f"run_dir={run_dir}"],
+        env=rank_environment(0, 1, free_port()),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (run_dir / "run.lock.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGUSR1)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGUSR1, said
+    assert "stopped by SIGUSR1" in said and "Traceback" not in said
+    assert place.outcome("early")["exit_code"] == run.returncode
+
+
+def test_a_closed_terminal_costs_no_checkpoint(place: Place) -> None:
+    """Ctrl-C in `sft-dist train ... | tee log` ends tee as well."""
+    run_dir = place.folder / "closed"
+    long = ["schedule.max_steps=100000", "schedule.epochs=100000", "evaluate.every=0", f"run_dir={run_dir}"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "sft_dist", "train", str(place.run_file), *long],
+        env=rank_environment(0, 1, free_port()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        _wait_for_steps(run_dir / "metrics.jsonl", [run])
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        run.stderr.close()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 75
+    finally:
+        run.kill()
+    assert place.outcome("closed")["reason"] == "stopped by SIGINT"
+
+
+def test_other_heldout_data_starts_the_search_for_the_best_anew(uninterrupted: Place) -> None:
+    place = uninterrupted
+    shutil.copytree(place.folder / "whole", place.folder / "other-heldout")
+    other = write_jsonl(place.folder / "heldout2.jsonl", make_records(5, seed=9, max_words=6))
+    done = place.train("other-heldout", f"data.heldout={other}")
+    assert [process.returncode for process in done] == [0, 0], _said(done)
+    assert "the best checkpoint so far is forgotten" in done[0].stdout
+    assert not (place.folder / "other-heldout" / "checkpoints" / "best.json").exists()
 
 
 def _said(ranks: list[subprocess.CompletedProcess[str]]) -> str:
