@@ -216,8 +216,8 @@ def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None
     from transformers.integrations import HfDeepSpeedConfig
 
     _quiet()
-    # The shared-memory op serves inference kernels only, and a killed build leaves a lock that hangs every later
-    # start: https://github.com/deepspeedai/DeepSpeed/issues/7308 tells of such locks. Not building it costs nothing.
+    # The shared-memory op serves inference kernels only, and a build that is killed leaves a lock that hangs every
+    # later start: https://github.com/pytorch/pytorch/issues/189245. Not building it costs nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
@@ -228,7 +228,7 @@ def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None
     del announced
     layers = [type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     if layers:
-        # One gather per decoder layer instead of one per small module: ten times fewer collectives.
+        # One gather per decoder layer instead of one per small module inside it.
         set_z3_leaf_modules(model, list(dict.fromkeys(layers)))
     wrapped = TokenLogprobs(model)
     if weights is not None:

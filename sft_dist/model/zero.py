@@ -33,7 +33,7 @@ def whole_parameters(shards_dir: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, float32 tensor) of every parameter of a ZeRO-3 checkpoint, joined from all ranks' shards.
 
     Layout: each rank holds ceil(numel / W) elements of every parameter, in the order of `param_shapes`
-    (Rajbhandari et al., "ZeRO", 2020, section 7; DeepSpeed's zero_to_fp32 reads the same layout).
+    (Rajbhandari et al., "ZeRO", 2020, section 5.3; DeepSpeed's zero_to_fp32 reads the same layout).
     """
     model_files = sorted(shards_dir.glob("zero_pp_rank_*_model_states.pt"), key=_rank_of)
     optim_files = sorted(shards_dir.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
