@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config import ModelConfig
-from sft_dist.data.rendering import load_tokenizer, template_text
+from sft_dist.data.renderer import load_tokenizer, template_text
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.train import checkpoint as checkpoints
 from sft_dist.train import rundir

@@ -6,7 +6,7 @@ from typing import TextIO
 
 from sft_dist.config import RunConfig
 from sft_dist.data.prepare import prepare
-from sft_dist.data.rendering import load_renderer
+from sft_dist.data.renderer import load_renderer
 from sft_dist.data.sample import Sample, target_turns
 from sft_dist.data.store import PreparedDataset
 from sft_dist.errors import ConfigError, DataError, ExitCode

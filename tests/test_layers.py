@@ -89,8 +89,8 @@ def test_data_layer_never_imports_torch_itself() -> None:
     "modules",
     [
         "sft_dist.config, sft_dist.errors, sft_dist.cli",
-        "sft_dist.data.conversation, sft_dist.data.formats, sft_dist.data.rendering, sft_dist.data.store, "
-        "sft_dist.data.prepare, sft_dist.data.packing, sft_dist.data.plan, sft_dist.data.sample",
+        "sft_dist.data.conversation, sft_dist.data.formats, sft_dist.data.renderer, sft_dist.data.rendering, "
+        "sft_dist.data.store, sft_dist.data.prepare, sft_dist.data.packing, sft_dist.data.plan, sft_dist.data.sample",
         "launcher.__main__",
     ],
 )

@@ -25,7 +25,8 @@ from sft_dist.config import DataConfig, ModelConfig
 from sft_dist.data import formats, store
 from sft_dist.data.conversation import Conversation, RecordError
 from sft_dist.data.formats import Row
-from sft_dist.data.rendering import Renderer, load_renderer, render
+from sft_dist.data.renderer import Renderer, load_renderer
+from sft_dist.data.rendering import render
 from sft_dist.data.sample import Sample
 from sft_dist.data.store import PreparedDataset, Refused, Shard
 from sft_dist.errors import DataError, StorageError

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data.conversation import Conversation, Message, RecordError
-from sft_dist.data.rendering import TEMPLATES_DIR, Renderer, render
+from sft_dist.data.renderer import TEMPLATES_DIR, Renderer
+from sft_dist.data.rendering import render
 from sft_dist.data.sample import Sample, target_turns
 from tests.helpers.models import CHATML, build_tokenizer
 

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import Place, make_place
-from tests.helpers.worlds import run_ranks
+from tests.helpers.worlds import rank_environment, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +94,22 @@ def test_a_fault_on_every_rank_ends_every_rank(bad: Place) -> None:
     arguments = ["-m", "sft_dist", "train", str(bad.run_file), f"run_dir={bad.folder / 'two'}"]
     done = run_ranks(2, [*arguments, f"data.train={bad.folder}/broken.jsonl"], timeout_s=60)
     assert [process.returncode for process in done] == [65, 65]
+
+
+def test_a_port_in_use_is_told_by_the_rank_that_needs_it(bad: Place) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "sft_dist", "train", str(bad.run_file), f"run_dir={bad.folder / 'port'}"],
+            env=rank_environment(0, 2, port),
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+    assert done.returncode == 69, done.stderr
+    assert f"port {port} of 127.0.0.1 is in use" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["trian", "x"], [], ["train"], ["score", "x.yaml"]])

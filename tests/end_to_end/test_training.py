@@ -52,6 +52,20 @@ def test_stopping_at_every_step_changes_no_bit(uninterrupted: Place) -> None:
     assert [entry["loss"] for entry in place.steps("stopped")] == losses
 
 
+def test_resuming_a_named_checkpoint_of_another_run(uninterrupted: Place) -> None:
+    """And once the run has progress of its own, the same command goes on from that."""
+    place = uninterrupted
+    start = f"checkpoint.resume={place.folder / 'whole' / 'checkpoints' / 'step-00000004'}"
+    stopped = place.train("by-path", start, "checkpoint.stop_at_step=5")
+    assert [process.returncode for process in stopped] == [75, 75], _said(stopped)
+    assert "4 of 6 steps are done" in stopped[0].stdout
+    done = place.train("by-path", start)
+    assert [process.returncode for process in done] == [0, 0], _said(done)
+    assert "5 of 6 steps are done" in done[0].stdout
+    expected, found = place.state("whole", 6), place.state("by-path", 6)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_export_loads_in_plain_transformers_and_scores_the_same(uninterrupted: Place, tmp_path: Path) -> None:
     place = uninterrupted
     done = place.verb("export", str(place.folder / "whole"), "--output", str(tmp_path / "model"))
