@@ -207,12 +207,14 @@ class Run:
             best = self.state.heldout_best_step
             if self.config.checkpoint.keep_best:
                 checkpoint.mark_best(self._run_dir, self.state)
-            checkpoint.evict(
+            removed = checkpoint.evict(
                 self._run_dir,
                 published=saved.step,
                 keep=self.config.checkpoint.keep,
                 protected=[] if best is None else [best],
             )
+            for step in (step for step in removed if step > saved.step):
+                self.metrics.say(f"removed the checkpoint of step {step:,}, of a continuation that was given up")
         self.metrics.say(f"checkpoint {saved.folder} in {time.monotonic() - started:.1f} s")
 
     def _advice(self) -> str:
