@@ -127,6 +127,9 @@ def main() -> None:
         if world.is_main:
             torch.save(answer, folder / f"answer-{number}.pt")
     close_session()
+    # As the command line leaves: threads of the process group can abort a rank in the interpreter's shutdown.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
