@@ -4,7 +4,9 @@ In: a path and `section.key=value` overrides. Out: a `RunConfig`, or one ConfigE
 mistake with the nearest key. Never imports torch, and never reads data or models.
 """
 
+import datetime
 import difflib
+import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,11 +19,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sft_dist.errors import ConfigError
 
 
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+def _as_sources(value: Any) -> Any:
+    """A path alone, or a list of paths, stands for sources with the defaults."""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple({"path": item} if isinstance(item, str) else item for item in values)
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -44,21 +47,50 @@ class ModelConfig(Section):
     """Name patterns (fnmatch) of parameters that may be absent in the pre-trained files and start at random."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Recorded in every checkpoint when on."""
+    control_tokens: tuple[str, ...] = ()
+    """Control tokens that the template uses and the tokenizer lacks; their embeddings start at the mean of all."""
+
+
+RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
+
+
+class SourceConfig(Section):
+    path: str
+    """File, glob pattern, Arrow folder or Hub id (owner/name[:split])."""
+    name: str | None = None
+    """Name in every statistic; default: the file name without its suffixes, or the Hub id."""
+    format: RecordFormat = "auto"
+    """What a record is; auto: told by the fields of the first records, and said."""
+    repeat: Annotated[float, Field(ge=0)] = 1.0
+    """How often an epoch holds each conversation; 0.5: a random half, drawn anew; 2.5: all twice, half thrice."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the loss of this source's conversations."""
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)]
 
 
 class DataConfig(Section):
-    train: Paths = ()
-    """Files or Hub ids of training conversations (.jsonl, .json, either also .gz; .parquet)."""
-    heldout: Paths = ()
-    """Files or Hub ids of held-out conversations, for evaluation and for choosing the best checkpoint."""
+    train: Sources = ()
+    """Sources of training conversations: paths, or path with name, format, repeat, weight."""
+    heldout: Sources = ()
+    """Sources of held-out conversations, for evaluation and for choosing the best checkpoint."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template, or `chatml` for the one that ships."""
+    template_kwargs: dict[str, Any] = {}
+    """Variables given to the chat template, such as enable_thinking: false."""
+    date: datetime.date = datetime.date(2025, 1, 1)
+    """Today, as the template sees it: data must not depend on the day they are prepared."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Tokens of a pack, and of the longest sample."""
-    overflow: Literal["drop", "error"] = "drop"
-    """What to do with samples longer than max_length: leave out, counted and listed; or stop."""
+    overflow: Literal["drop", "truncate_turns", "error"] = "drop"
+    """Samples longer than max_length: leave out; keep the turns that fit whole (text: cut into windows); or stop."""
     on_bad_record: Literal["error", "refuse"] = "error"
     """What to do with records that cannot be converted: stop; or leave out, counted and listed."""
+    max_refused: Fraction = 0.1
+    """With on_bad_record: refuse, a larger share of refused records than this stops all the same."""
+    deduplicate: bool = False
+    """Train on exactly equal conversations only once, also across sources; counted."""
     cache_dir: str = "prepared"
     """Where prepared data sets live, one folder per content; safe to share between runs."""
     num_processes: Annotated[int, Field(ge=0)] = 0
@@ -66,10 +98,16 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
-    """Which tokens are targets: every assistant turn, the last one, or every token of the sample."""
-    normalise: Literal["token"] = "token"
-    """What the loss is divided by: token = target tokens of the whole global batch (maximum likelihood)."""
+    train_on: Literal["assistant", "last_assistant", "all", "marked"] = "assistant"
+    """Which tokens are targets: assistant turns, the last one, every token, or messages with train: true."""
+    normalise: Literal["token", "turn", "conversation"] = "token"
+    """What counts once in the mean of a step: each target token (maximum likelihood), turn or conversation."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of log^2 of the softmax normaliser, added to each target's loss."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Uniform noise on input embeddings while training, of size alpha / sqrt(tokens of the sample x width)."""
 
 
 class BatchConfig(Section):
@@ -128,6 +166,8 @@ class EvaluateConfig(Section):
 class LoggingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard event files to RUN_DIR/tensorboard."""
+    details_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between training metrics by source, turn, first and stop token; 0: never."""
 
 
 class RunConfig(Section):
@@ -179,6 +219,10 @@ TRANSLATIONS = {
     "max_grad_norm": "optimizer.max_grad_norm",
     "train_on_inputs": "objective.train_on: all",
     "packing": "nothing: packing is always on",
+    "neftune_noise_alpha": "objective.neftune_alpha",
+    "label_smoothing_factor": "objective.label_smoothing",
+    "mask_history": "objective.train_on: last_assistant",
+    "dataset_exact_deduplication": "data.deduplicate",
     "datasets": "data.train",
     "dataset": "data.train",
 }
@@ -276,10 +320,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _explain(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str]]:
@@ -288,8 +329,11 @@ def _explain(section: type[Section], prefix: str) -> Iterator[tuple[str, str, st
         if child is not None:
             yield from _explain(child, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-        yield f"{prefix}{name}", default, field.description or ""
+        default = field.get_default(call_default_factory=True)
+        shown = "required" if field.is_required() else json.dumps(default, default=str)
+        yield f"{prefix}{name}", shown, field.description or ""
+        if field.annotation == Sources or get_args(field.annotation)[:1] == (SourceConfig,):
+            yield from _explain(SourceConfig, f"{prefix}{name}[].")
 
 
 def _describe(error: Any) -> str:
@@ -323,7 +367,13 @@ def _resolve_paths(config: RunConfig, run_file_dir: Path) -> RunConfig:
 
     def resolve(value: str) -> str:
         beside = run_file_dir / value
-        return os.path.relpath(beside) if not Path(value).exists() and beside.exists() else value
+        return os.path.relpath(beside) if not found(Path(value)) and found(beside) else value
+
+    def found(path: Path) -> bool:
+        return path.exists() or bool(glob.glob(str(path)))
+
+    def resolve_source(source: SourceConfig) -> SourceConfig:
+        return source.model_copy(update={"path": resolve(source.path)})
 
     def resolve_optional(value: str | None) -> str | None:
         return None if value is None else resolve(value)
@@ -333,8 +383,8 @@ def _resolve_paths(config: RunConfig, run_file_dir: Path) -> RunConfig:
     )
     data = config.data.model_copy(
         update={
-            "train": tuple(resolve(path) for path in config.data.train),
-            "heldout": tuple(resolve(path) for path in config.data.heldout),
+            "train": tuple(resolve_source(source) for source in config.data.train),
+            "heldout": tuple(resolve_source(source) for source in config.data.heldout),
             "chat_template": resolve_optional(config.data.chat_template),
         }
     )

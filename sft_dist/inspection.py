@@ -7,10 +7,10 @@ from typing import TextIO
 from sft_dist.config import RunConfig
 from sft_dist.data.prepare import prepare
 from sft_dist.data.renderer import load_renderer
-from sft_dist.data.sample import Sample, target_turns
-from sft_dist.data.store import PreparedDataset
+from sft_dist.data.sample import Sample
+from sft_dist.data.selection import Example, Selection
 from sft_dist.errors import ConfigError, DataError, ExitCode
-from sft_dist.preparation import describe
+from sft_dist.preparation import describe, policy
 
 _GREEN, _GREY, _RESET = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
 
@@ -21,13 +21,11 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
     if not sources:
         raise ConfigError("data.train and data.heldout are both empty: nothing to inspect")
     dataset = prepare(sources, config.model, config.data)
-    renderer = load_renderer(
-        config.model.path, config.data.chat_template, trust_remote_code=config.model.trust_remote_code
-    )
+    renderer = load_renderer(config.model, config.data)
     backend = renderer.tokenizer.backend_tokenizer
     marks = (_GREEN, _RESET) if out.isatty() else ("⟦", "⟧")
-    for sample in _chosen(dataset, conversation_id, num):
-        turns = target_turns(sample, config.objective.train_on)
+    for example in _chosen(Selection(dataset, policy(config)), conversation_id, num):
+        sample, turns = example.sample, example.turns
         trained = int((turns >= 0).sum())
         print(
             f"── {sample.conversation_id} ({sample.source}): {len(sample.ids):,} tokens, {trained:,} trained", file=out
@@ -44,12 +42,16 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
     return ExitCode.DONE
 
 
-def _chosen(dataset: PreparedDataset, conversation_id: str | None, num: int) -> list[Sample]:
+def _chosen(selection: Selection, conversation_id: str | None, num: int) -> list[Example]:
     if conversation_id is None:
-        return [dataset[number] for number in range(min(num, len(dataset)))]
-    found = [sample for sample in dataset if sample.conversation_id == conversation_id]
+        return [selection[number] for number in range(min(num, len(selection)))]
+    found = [
+        selection[number]
+        for number, sample in enumerate(selection.samples)
+        if selection.dataset[int(sample)].conversation_id == conversation_id
+    ]
     if not found:
-        raise DataError(f"--id {conversation_id}: no verified conversation has this id")
+        raise DataError(f"--id {conversation_id}: no verified conversation that fits has this id")
     return found
 
 

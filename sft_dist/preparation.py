@@ -4,13 +4,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sft_dist.config import RunConfig
+from sft_dist.data import formats
 from sft_dist.data.packing import best_fit_decreasing
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import prepare, summarise
+from sft_dist.data.selection import LeftOut, Policy, Selection
 from sft_dist.data.store import REFUSED, PreparedDataset
 from sft_dist.errors import ConfigError, DataError, ExitCode, say
 
@@ -28,16 +31,33 @@ def run(config: RunConfig) -> ExitCode:
     return ExitCode.DONE
 
 
-def training_set(config: RunConfig) -> tuple[PreparedDataset, Plan]:
-    """The prepared training data and the plan over it. Raises DataError when nothing is left to train on."""
+def policy(config: RunConfig) -> Policy:
+    """What the run file says about targets, weights, lengths and duplicates."""
+    data, objective = config.data, config.objective
+    return Policy(
+        max_length=data.max_length,
+        train_on=objective.train_on,
+        normalise=objective.normalise,
+        overflow="truncate_turns" if data.overflow == "truncate_turns" else "drop",
+        deduplicate=data.deduplicate,
+        source_weights={formats.source_name(source): source.weight for source in data.train},
+    )
+
+
+def training_set(config: RunConfig) -> tuple[Selection, Plan]:
+    """The training data and the plan over it. Raises DataError when nothing is left to train on."""
     if not config.data.train:
         raise ConfigError("data.train: required for training, but empty")
-    dataset = prepare(config.data.train, config.model, config.data)
-    _apply_overflow(dataset, config)
+    selection = Selection(prepare(config.data.train, config.model, config.data), policy(config))
+    _refuse_overflow(selection, config)
+    repeat_of = {formats.source_name(source): source.repeat for source in config.data.train}
     try:
         plan = Plan(
-            dataset.lengths,
-            dataset.num_targets(config.objective.train_on),
+            selection.lengths,
+            selection.num_targets,
+            mass=selection.mass,
+            repeats=np.array([repeat_of[name] for name in selection.sources], np.float64),
+            conversations=selection.indices,
             max_length=config.data.max_length,
             global_packs=config.batch.global_packs,
             seed=config.seed,
@@ -48,86 +68,117 @@ def training_set(config: RunConfig) -> tuple[PreparedDataset, Plan]:
         raise DataError(
             f"data.train: nothing is left to train on: {error} data.max_length ({config.data.max_length:,})"
         ) from None
-    return dataset, plan
+    return selection, plan
 
 
-def heldout_set(config: RunConfig) -> PreparedDataset | None:
-    """The prepared held-out data, under the same policies. Raises DataError when none of it fits."""
+def heldout_set(config: RunConfig) -> Selection | None:
+    """The held-out data, under the same policies. Raises DataError when none of it fits."""
     if not config.data.heldout:
         return None
-    dataset = prepare(config.data.heldout, config.model, config.data)
-    _apply_overflow(dataset, config)
-    if len(too_long(dataset, config.data.max_length)) == len(dataset):
+    selection = Selection(prepare(config.data.heldout, config.model, config.data), policy(config))
+    _refuse_overflow(selection, config)
+    if not len(selection):
         raise DataError(f"data.heldout: no sample fits into data.max_length ({config.data.max_length:,})")
-    return dataset
-
-
-def too_long(dataset: PreparedDataset, max_length: int) -> list[int]:
-    """Numbers of the samples that do not fit into a pack."""
-    return [int(number) for number in (dataset.lengths > max_length).nonzero()[0]]
+    return selection
 
 
 def describe(dataset: PreparedDataset, config: RunConfig) -> str:
     """Counts, lengths and what is left out, for people."""
     manifest, lengths = dataset.manifest, dataset.lengths
-    num_targets = dataset.num_targets(config.objective.train_on)
-    fitting = lengths[lengths <= config.data.max_length]
-    packs = best_fit_decreasing(fitting, config.data.max_length)
-    fill = fitting.sum() / (len(packs) * config.data.max_length) if packs else 0.0
+    selection = Selection(dataset, policy(config))
+    packs = best_fit_decreasing(selection.lengths, config.data.max_length)
+    fill = selection.lengths.sum() / (len(packs) * config.data.max_length) if packs else 0.0
     percentiles = ", ".join(f"p{q} {int(np.percentile(lengths, q)):,}" for q in (50, 90, 99))
+    num_targets = int(selection.num_targets.sum())
     lines = [
         f"  folder         {dataset.folder}",
-        f"  conversations  {manifest['num_records']:,} read, {manifest['num_samples']:,} rendered and verified",
-        f"  tokens         {int(lengths.sum()):,}, of which {int(num_targets.sum()):,} targets "
-        f"({num_targets.sum() / lengths.sum():.1%})",
+        f"  conversations  {manifest['num_records']:,} read, {manifest['num_rendered']:,} rendered and verified"
+        + (f" in {len(dataset):,} samples" if len(dataset) != manifest["num_rendered"] else ""),
+        f"  tokens         {int(lengths.sum()):,}, of which {num_targets:,} targets "
+        f"({num_targets / lengths.sum():.1%})",
         f"  lengths        {percentiles}, longest {int(lengths.max()):,}",
         f"  packs          {len(packs):,} of {config.data.max_length:,} tokens, fill {fill:.1%}",
     ]
+    lines += _by_source(selection)
     if manifest["num_refused"]:
         reasons = summarise(Counter(manifest["num_refused"]))
         lines.append(f"  refused        {reasons} (listed in {dataset.folder / REFUSED})")
         lines += [f"    {item['where']}: {item['detail']}" for item in _refused(dataset)[:_NAMED]]
-    long = too_long(dataset, config.data.max_length)
-    if long:
-        lines.append(f"  too long       {len(long):,} for data.max_length, overflow: {config.data.overflow}")
-        lines += [f"    {dataset[number].conversation_id}: {lengths[number]:,} tokens" for number in long[:_NAMED]]
+    if selection.left_out:
+        lines.append(f"  left out       {_summary(selection.left_out)} (overflow: {config.data.overflow})")
+        lines += [f"    {_line(dataset, item)}" for item in selection.left_out[:_NAMED]]
     return "\n".join(lines)
 
 
-def write_left_out(datasets: Mapping[str, PreparedDataset], config: RunConfig, path: Path) -> None:
-    """Every conversation that takes no part, one JSON line each with the reason."""
+def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
+    """Everything that takes no part, one JSON line each with the reason."""
     with open(path, "w", encoding="utf-8") as file:
-        for name, dataset in datasets.items():
-            for item in _refused(dataset):
+        for name, selection in selections.items():
+            for item in _refused(selection.dataset):
                 file.write(json.dumps({"set": name} | item, ensure_ascii=False) + "\n")
-            for number in too_long(dataset, config.data.max_length):
-                sample = dataset[number]
-                detail = f"{len(sample.ids):,} tokens, data.max_length is {config.data.max_length:,}"
-                entry = {"set": name, "id": sample.conversation_id, "reason": "too long", "detail": detail}
+            for left in selection.left_out:
+                sample = selection.dataset[left.sample]
+                entry: dict[str, Any] = {
+                    "set": name,
+                    "id": sample.conversation_id,
+                    "source": sample.source,
+                    "reason": left.reason,
+                    "num_tokens": left.num_tokens,
+                    "num_targets": left.num_targets,
+                    "detail": f"{len(sample.ids):,} tokens, data.max_length is {selection.policy.max_length:,}",
+                }
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def say_left_out(datasets: Mapping[str, PreparedDataset], config: RunConfig) -> None:
-    for name, dataset in datasets.items():
-        reasons = Counter(dataset.manifest["num_refused"])
-        if number := len(too_long(dataset, config.data.max_length)):
-            reasons["too long"] = number
-        if reasons:
-            total = dataset.manifest["num_records"]
+def say_left_out(selections: Mapping[str, Selection], config: RunConfig) -> None:
+    for name, selection in selections.items():
+        refused = Counter(selection.dataset.manifest["num_refused"])
+        parts = [summarise(refused)] if refused else []
+        parts += [_summary(selection.left_out)] if selection.left_out else []
+        if parts:
+            total = selection.dataset.manifest["num_records"]
             say(
-                f"{name}: left out {sum(reasons.values()):,} of {total:,} conversations: {summarise(reasons)} "
+                f"{name}: of {total:,} conversations are left out: {', '.join(parts)} "
                 f"(listed in {Path(config.run_dir) / 'left_out.jsonl'})"
             )
 
 
-def _apply_overflow(dataset: PreparedDataset, config: RunConfig) -> None:
-    long = too_long(dataset, config.data.max_length)
+def _by_source(selection: Selection) -> list[str]:
+    names = sorted(set(selection.sources))
+    if len(names) < 2:
+        return []
+    lines = []
+    for name in names:
+        mine = selection.sources == name
+        tokens, targets = int(selection.lengths[mine].sum()), int(selection.num_targets[mine].sum())
+        share = selection.mass[mine].sum() / max(selection.mass.sum(), 1e-300)
+        lines.append(f"  source         {name}: {tokens:,} tokens, {targets:,} targets, {share:.1%} of the weight")
+    return lines
+
+
+def _summary(left_out: Sequence[LeftOut]) -> str:
+    """`3 too long (9,120 tokens, 512 targets), 1 duplicate (…)`"""
+    parts = []
+    for reason, count in Counter(item.reason for item in left_out).most_common():
+        mine = [item for item in left_out if item.reason == reason]
+        tokens, targets = sum(item.num_tokens for item in mine), sum(item.num_targets for item in mine)
+        parts.append(f"{count:,} {reason} ({tokens:,} tokens, {targets:,} targets)")
+    return ", ".join(parts)
+
+
+def _line(dataset: PreparedDataset, item: LeftOut) -> str:
+    sample = dataset[item.sample]
+    return f"{sample.conversation_id}: {item.reason}: {item.num_tokens:,} of {len(sample.ids):,} tokens"
+
+
+def _refuse_overflow(selection: Selection, config: RunConfig) -> None:
+    long = [item for item in selection.left_out if item.reason == "too long"]
     if long and config.data.overflow == "error":
-        first: Sequence[str] = [f"  {dataset[n].conversation_id}: {dataset.lengths[n]:,} tokens" for n in long[:_NAMED]]
+        named = "\n".join(f"  {_line(selection.dataset, item)}" for item in long[:_NAMED])
         raise DataError(
-            f"{len(long):,} conversation(s) are longer than data.max_length ({config.data.max_length:,}):\n"
-            + "\n".join(first)
-            + "\n  raise data.max_length, or set data.overflow: drop to leave them out, counted and listed"
+            f"{len(long):,} conversation(s) are longer than data.max_length ({config.data.max_length:,}):\n{named}\n"
+            "  raise data.max_length, or set data.overflow: drop to leave them out, counted and listed, or "
+            "truncate_turns to keep the turns that fit"
         )
 
 

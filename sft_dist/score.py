@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config import RunConfig
+from sft_dist.config import RunConfig, SourceConfig
 from sft_dist.data.prepare import prepare, summarise
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed.world import World, find_world
@@ -32,14 +32,14 @@ def run(
 ) -> ExitCode:
     """Score `sources` (default data.heldout) with a model folder, Hub id or run folder; write `output`."""
     world = find_world(env)
-    sources = sources or config.data.heldout
-    if not sources:
+    chosen = tuple(SourceConfig(path=path) for path in sources) or config.data.heldout
+    if not chosen:
         raise ConfigError("nothing to score: data.heldout is empty and no --data is given")
     if world.is_main:
         _check_writable(output)
     config, weights = _resolve_model(config, model, checkpoint)
-    dataset = prepare(sources, config.model, config.data)
-    lines = _score(config, world, weights, dataset, output)
+    dataset = prepare(chosen, config.model, config.data)
+    lines = _score(config, world, weights, dataset)
     if world.is_main:
         _write(output, lines)
         _say_summary(dataset, lines, output)
@@ -62,11 +62,10 @@ def _resolve_model(config: RunConfig, model: str | None, which: str) -> tuple[Ru
     return config.model_copy(update={"model": saved.model}), found.folder
 
 
-def _score(
-    config: RunConfig, world: World, weights: Path | None, dataset: PreparedDataset, output: Path
-) -> list[dict[str, Any]]:
+def _score(config: RunConfig, world: World, weights: Path | None, dataset: PreparedDataset) -> list[dict[str, Any]]:
     """The records of all conversations in input order, on rank 0; [] elsewhere. A collective."""
     from sft_dist.data.plan import distribute
+    from sft_dist.data.selection import Policy, Selection
     from sft_dist.distributed import collectives
     from sft_dist.model import engine as engines
     from sft_dist.model import probe
@@ -78,12 +77,14 @@ def _score(
     engine = engines.inference_engine(config, world, weights)
     difference = probe.check(engine, probe.choose(dataset, config.data.max_length))
     say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
-    packs = scoring_packs(dataset.lengths, config.data.max_length)
+    policy = Policy(config.data.max_length, roles=frozenset(("assistant", "text")))
+    selection = Selection(dataset, policy)
+    packs = scoring_packs(selection)
     mine: list[TurnScore] = []
     forwards = distribute(packs, world.rank, world.size, config.batch.packs_per_micro_batch)
     last_said = time.monotonic()
     for number, pack in enumerate(forwards, start=1):
-        mine += score_pack(engine, dataset, pack, "assistant")
+        mine += score_pack(engine, selection, pack)
         if time.monotonic() - last_said > _SAY_EVERY_S:
             last_said = time.monotonic()
             say(f"score  {number:,}/{len(forwards):,} forwards")
@@ -93,7 +94,7 @@ def _score(
     turns: dict[int, list[TurnScore]] = defaultdict(list)
     for scores in gathered:
         for score in scores:
-            turns[score.sample].append(score)
+            turns[int(selection.samples[score.example])].append(score)
     return list(_records(dataset, turns, config.data.max_length))
 
 

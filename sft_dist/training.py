@@ -8,7 +8,7 @@ from typing import Any
 
 from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
-from sft_dist.data.store import PreparedDataset
+from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ClusterError, ConfigError, ExitCode, UserError, say
 from sft_dist.preparation import heldout_set, say_left_out, training_set, write_left_out
@@ -51,15 +51,15 @@ def _train(config: RunConfig, world: World) -> ExitCode:
     from sft_dist.train import rundir
 
     # Before any process group exists, so that no collective waits for a tokeniser.
-    dataset, plan = training_set(config)
+    selection, plan = training_set(config)
     heldout = heldout_set(config)
     run_dir = Path(config.run_dir)
     if world.is_main:
-        sets = {"train": dataset} | ({"heldout": heldout} if heldout is not None else {})
+        sets = {"train": selection} | ({"heldout": heldout} if heldout is not None else {})
         say_left_out(sets, config)
-        write_left_out(sets, config, run_dir / "left_out.jsonl")
+        write_left_out(sets, run_dir / "left_out.jsonl")
         _say_plan(config, world, plan)
-    result = _with_group(config, world, dataset, plan, heldout)
+    result = _with_group(config, world, selection, plan, heldout)
     if world.is_main:
         rundir.write_json(run_dir / rundir.SUMMARY, result.summary)
         rundir.write_outcome(
@@ -74,9 +74,7 @@ def _train(config: RunConfig, world: World) -> ExitCode:
     return result.exit_code
 
 
-def _with_group(
-    config: RunConfig, world: World, dataset: PreparedDataset, plan: Plan, heldout: PreparedDataset | None
-) -> Any:
+def _with_group(config: RunConfig, world: World, selection: Selection, plan: Plan, heldout: Selection | None) -> Any:
     from sft_dist.model import engine as engines
     from sft_dist.model import loading
     from sft_dist.session import open_session, print_from_main
@@ -88,7 +86,8 @@ def _with_group(
     model_config = loading.load_config(config.model, config.data.max_length)
     open_session(world)
     say_once = print_from_main(world)
-    facts = contract.facts(config, dataset, heldout, model_config)
+    heldout_data = None if heldout is None else heldout.dataset
+    facts = contract.facts(config, selection.dataset, heldout_data, model_config)
     resumed = _resumed_from(config, world)
     if resumed is not None:
         contract.check(resumed, facts, allow_changed=config.checkpoint.allow_changed)
@@ -105,9 +104,9 @@ def _with_group(
             checkpoint.mark_best(run_dir, state)
         say_once(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
-    planned = plan_heldout(heldout, config) if heldout is not None else None
+    planned = plan_heldout(heldout) if heldout is not None else None
     try:
-        return Run(config, world, engine, dataset, plan, planned, state, metrics, facts).train()
+        return Run(config, world, engine, selection, plan, planned, state, metrics, facts).train()
     finally:
         metrics.close()
 

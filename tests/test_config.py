@@ -38,7 +38,7 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
     overrides = ["optimizer.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "checkpoint.stop_at_step=3"]
     config = load_config(write(tmp_path, MINIMAL + "optimizer: {learning_rate: 1e-5}\n"), overrides)
     assert config.optimizer.learning_rate == 1e-4
-    assert config.data.train == ("a.jsonl", "b.jsonl")
+    assert [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl"]
     assert config.checkpoint.stop_at_step == 3
 
 
@@ -77,8 +77,8 @@ def test_paths_are_taken_as_given_and_else_beside_the_run_file(tmp_path: Path, m
     (beside / "train.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
     config = load_config(write(beside, MINIMAL + "data: {train: train.jsonl, heldout: owner/name}\n"))
-    assert config.data.train == ("here/train.jsonl",)
-    assert config.data.heldout == ("owner/name",)
+    assert [source.path for source in config.data.train] == ["here/train.jsonl"]
+    assert [source.path for source in config.data.heldout] == ["owner/name"]
 
 
 def test_every_key_is_explained_and_every_translation_leads_to_a_key() -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_dist.data.conversation import Conversation, Message, RecordError, check_messages, check_text
+from sft_dist.config import SourceConfig
+from sft_dist.data.conversation import Conversation, Message, Record, RecordError, check_conversation, check_text
 from sft_dist.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -41,8 +42,9 @@ class Row:
         return self.source + self.place
 
 
-def source_fingerprint(path: str) -> str:
+def source_fingerprint(source: SourceConfig) -> str:
     """Identity of a source's content: sha256 of a file's bytes, or the data set fingerprint of a Hub id."""
+    path = source.path
     if not _is_hub_id(path):
         digest = hashlib.sha256()
         try:
@@ -55,8 +57,9 @@ def source_fingerprint(path: str) -> str:
     return str(_hub_dataset(path)._fingerprint)
 
 
-def check_source(path: str) -> None:
-    """Raise DataError unless `path` is a readable file of a known kind, or has the form of a Hub id."""
+def check_source(source: SourceConfig) -> None:
+    """Raise DataError unless the path is a readable file of a known kind, or has the form of a Hub id."""
+    path = source.path
     if Path(path).is_dir():
         raise DataError(f"{path}: is a folder; name its files")
     if not Path(path).exists():
@@ -68,10 +71,10 @@ def check_source(path: str) -> None:
         raise DataError(f"{path}: the file is empty")
 
 
-def read_rows(path: str, first_index: int = 0) -> Iterator[Row]:
+def read_rows(source: SourceConfig, first_index: int = 0) -> Iterator[Row]:
     """Yield the records of one source in order; `first_index` numbers them through all sources."""
-    check_source(path)
-    name = source_name(path)
+    check_source(source)
+    name, path = source_name(source), source.path
     if _is_hub_id(path):
         records = iter(_hub_dataset(path))
         rows: Iterator[tuple[str, Any]] = ((f"[{number}]", record) for number, record in enumerate(records))
@@ -85,7 +88,7 @@ def read_rows(path: str, first_index: int = 0) -> Iterator[Row]:
         yield Row(index, name, path, place, payload)
 
 
-def to_conversation(row: Row) -> Conversation:
+def to_record(row: Row) -> Record:
     """Parse and convert one row. Raises DataError for a broken JSON line, RecordError for a wrong record."""
     record = row.payload
     if isinstance(record, bytes):
@@ -104,20 +107,25 @@ def to_conversation(row: Row) -> Conversation:
     if record.get("tools"):
         raise RecordError("tools", "the record offers tools; tool calls cannot be rendered yet")
     _refuse_fields(record, ("system", "weight"), "the record")
-    check_messages(messages)
     identity = row.default_id if record.get("id") is None else str(record["id"])
     check_text(identity, "id")
-    return Conversation(
+    conversation = Conversation(
         id=identity,
         index=row.index,
         source=row.source,
         where=row.where,
+        weight=1.0,
         messages=messages,
     )
+    check_conversation(conversation)
+    return conversation
 
 
-def source_name(path: str) -> str:
-    """Name of a source in statistics: the file name without its suffixes, or the Hub id."""
+def source_name(source: SourceConfig) -> str:
+    """Name of a source in statistics: the one given, else the file name without its suffixes, or the Hub id."""
+    if source.name is not None:
+        return source.name
+    path = source.path
     if _is_hub_id(path):
         return path
     name = Path(path).name

@@ -21,9 +21,9 @@ from typing import Literal
 
 from filelock import FileLock
 
-from sft_dist.config import DataConfig, ModelConfig
+from sft_dist.config import DataConfig, ModelConfig, SourceConfig
 from sft_dist.data import formats, store
-from sft_dist.data.conversation import Conversation, RecordError
+from sft_dist.data.conversation import Record, RecordError
 from sft_dist.data.formats import Row
 from sft_dist.data.renderer import Renderer, load_renderer
 from sft_dist.data.rendering import render
@@ -42,21 +42,30 @@ OnBadRecord = Literal["error", "refuse"]
 class _ShardResult:
     shard: Shard | None
     num_records: int
+    num_rendered: int
     num_tokens: int
     refused: tuple[Refused, ...]
     stop_ids: tuple[int, ...]
 
 
-def prepare(sources: Sequence[str], model: ModelConfig, data: DataConfig) -> PreparedDataset:
+def prepare(sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfig) -> PreparedDataset:
     """Return the prepared data set of these sources, preparing it first where it does not exist.
 
     Raises DataError for broken files, for bad records when data.on_bad_record is `error`, and when nothing is left.
     """
     for source in sources:
         formats.check_source(source)
-    renderer = load_renderer(model.path, data.chat_template, trust_remote_code=model.trust_remote_code)
-    fingerprints = [{"path": source, "sha256": formats.source_fingerprint(source)} for source in sources]
-    key = _key(renderer, fingerprints, data.on_bad_record)
+    renderer = load_renderer(model, data)
+    fingerprints = [
+        {
+            "path": source.path,
+            "name": formats.source_name(source),
+            "format": source.format,
+            "sha256": formats.source_fingerprint(source),
+        }
+        for source in sources
+    ]
+    key = _key(renderer, fingerprints, data)
     cache = Path(data.cache_dir)
     folder = cache / key
     if not (folder / store.MANIFEST).exists():
@@ -64,28 +73,32 @@ def prepare(sources: Sequence[str], model: ModelConfig, data: DataConfig) -> Pre
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f"{key}.lock"):
                 if not (folder / store.MANIFEST).exists():
-                    _prepare_into(folder, fingerprints, renderer, model, data)
+                    _prepare_into(folder, sources, fingerprints, renderer, model, data)
         except OSError as error:
             raise StorageError(f"data.cache_dir: {cache}: cannot be written: {error.strerror or error}") from error
     return PreparedDataset(folder)
 
 
-def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]], on_bad_record: OnBadRecord) -> str:
-    content = [
-        [formats.source_name(item["path"]), item["sha256"]] for item in fingerprints
-    ]  # not the folder: the same data elsewhere is the same data
-    text = json.dumps([store.FORMAT, renderer.fingerprint, content, on_bad_record])
+def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]], data: DataConfig) -> str:
+    # Not the folder: the same data elsewhere is the same data.
+    content = [[item["name"], item["format"], item["sha256"]] for item in fingerprints]
+    text = json.dumps([store.FORMAT, renderer.fingerprint, content, data.on_bad_record])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _prepare_into(
-    folder: Path, fingerprints: list[dict[str, str]], renderer: Renderer, model: ModelConfig, data: DataConfig
+    folder: Path,
+    sources: Sequence[SourceConfig],
+    fingerprints: list[dict[str, str]],
+    renderer: Renderer,
+    model: ModelConfig,
+    data: DataConfig,
 ) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died; we hold the lock
     temporary.mkdir()
     try:
-        results = list(_progress(_shard_results(temporary, fingerprints, renderer, model, data)))
+        results = list(_progress(_shard_results(temporary, sources, renderer, model, data)))
         refused = [item for result in results for item in result.refused]
         if refused and data.on_bad_record == "error":
             raise DataError(_bad_records(refused))
@@ -101,6 +114,7 @@ def _prepare_into(
             "tokenizer_and_template": renderer.fingerprint,
             "template": renderer.template,
             "num_records": sum(result.num_records for result in results),
+            "num_rendered": sum(result.num_rendered for result in results),
             "num_samples": num_samples,
             "num_tokens": sum(result.num_tokens for result in results),
             "num_refused": dict(sorted(Counter(item.reason for item in refused).items())),
@@ -130,10 +144,10 @@ def _bad_records(refused: Sequence[Refused]) -> str:
 
 
 def _shard_results(
-    folder: Path, fingerprints: Sequence[dict[str, str]], renderer: Renderer, model: ModelConfig, data: DataConfig
+    folder: Path, sources: Sequence[SourceConfig], renderer: Renderer, model: ModelConfig, data: DataConfig
 ) -> Iterator[_ShardResult]:
     """One result per shard, in input order, from as many processes as asked for."""
-    chunks = _chunks(_all_rows([item["path"] for item in fingerprints]))
+    chunks = _chunks(_all_rows(sources))
     first = list(islice(chunks, 2))
     num_processes = data.num_processes or len(os.sched_getaffinity(0))
     if len(first) < 2 or num_processes == 1:
@@ -145,7 +159,7 @@ def _shard_results(
         num_processes,
         mp_context=get_context("spawn"),
         initializer=_start_worker,
-        initargs=(model.path, data.chat_template, model.trust_remote_code),
+        initargs=(model, data),
     )
     try:
         waiting: list[Future[_ShardResult]] = []
@@ -159,7 +173,7 @@ def _shard_results(
         pool.shutdown(cancel_futures=True)
 
 
-def _all_rows(sources: Sequence[str]) -> Iterator[Row]:
+def _all_rows(sources: Sequence[SourceConfig]) -> Iterator[Row]:
     index = 0
     for source in sources:
         before = index
@@ -167,7 +181,7 @@ def _all_rows(sources: Sequence[str]) -> Iterator[Row]:
             index = row.index + 1
             yield row
         if index == before:
-            raise DataError(f"{source}: it holds no records")
+            raise DataError(f"{source.path}: it holds no records")
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -178,10 +192,10 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 _worker_renderer: Renderer | None = None  # set once per worker process: a tokenizer takes seconds to load
 
 
-def _start_worker(model_path: str, chat_template: str | None, trust_remote_code: bool) -> None:
+def _start_worker(model: ModelConfig, data: DataConfig) -> None:
     global _worker_renderer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_renderer = load_renderer(model_path, chat_template, trust_remote_code=trust_remote_code)
+    _worker_renderer = load_renderer(model, data)
 
 
 def _render_shard_in_worker(folder: Path, number: int, chunk: list[Row]) -> _ShardResult:
@@ -190,23 +204,28 @@ def _render_shard_in_worker(folder: Path, number: int, chunk: list[Row]) -> _Sha
 
 
 def _render_shard(renderer: Renderer, folder: Path, number: int, chunk: list[Row]) -> _ShardResult:
-    conversations: list[Conversation] = []
+    records: list[Record] = []
     refused: list[Refused] = []
     for row in chunk:
         try:
-            conversations.append(formats.to_conversation(row))
+            records.append(formats.to_record(row))
         except RecordError as error:
             refused.append(Refused(row.where, row.default_id, error.reason, error.detail))
     samples: list[Sample] = []
-    for conversation, result in zip(conversations, render(renderer, conversations), strict=True):
-        if isinstance(result, Sample):
-            samples.append(result)
+    for record, result in zip(records, render(renderer, records), strict=True):
+        if isinstance(result, RecordError):
+            refused.append(Refused(record.where, record.id, result.reason, result.detail))
         else:
-            refused.append(Refused(conversation.where, conversation.id, result.reason, result.detail))
+            samples += result
     shard = store.write_shard(folder / f"shard-{number:05d}.arrow", samples) if samples else None
-    stops = {int(s.ids[span.output_end - 1]) for s in samples for span in s.spans if span.message in s.turns}
+    stops = {int(s.ids[span.output_end - 1]) for s in samples for span in s.spans if span.turn and span.is_owned}
     return _ShardResult(
-        shard, len(chunk), sum(len(sample.ids) for sample in samples), tuple(refused), tuple(sorted(stops))
+        shard,
+        num_records=len(chunk),
+        num_rendered=len(chunk) - len(refused),
+        num_tokens=sum(len(sample.ids) for sample in samples),
+        refused=tuple(refused),
+        stop_ids=tuple(sorted(stops)),
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sft_dist.config import DataConfig, ModelConfig
 from sft_dist.errors import ConfigError
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
@@ -67,10 +68,10 @@ class Renderer:
         )
 
 
-def load_renderer(model_path: str, chat_template: str | None, *, trust_remote_code: bool) -> Renderer:
+def load_renderer(model: ModelConfig, data: DataConfig) -> Renderer:
     """The tokenizer of a model folder or Hub id with its template, or the one given. Raises ConfigError."""
-    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
-    return Renderer(tokenizer, template_text(tokenizer, model_path, chat_template))
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    return Renderer(tokenizer, template_text(tokenizer, model.path, data.chat_template))
 
 
 def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> Any:

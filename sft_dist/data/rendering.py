@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_dist.data.conversation import Conversation, RecordError
+from sft_dist.data.conversation import Conversation, Record, RecordError, digest
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
 
@@ -35,12 +35,12 @@ class _Layout:
     output_starts: dict[int, int]  # assistant message -> character
 
 
-def render(renderer: Renderer, conversations: Sequence[Conversation]) -> list[Sample | RecordError]:
-    """Render a batch; the answer has one entry per conversation, in order: its sample, or why it was refused."""
-    layouts = [_attempt(_lay_out, renderer, conversation) for conversation in conversations]
+def render(renderer: Renderer, records: Sequence[Record]) -> list[tuple[Sample, ...] | RecordError]:
+    """Render a batch; the answer has one entry per record, in order: its samples, or why it was refused."""
+    layouts = [_attempt(_lay_out, renderer, record) for record in records]
     good = [layout for layout in layouts if isinstance(layout, _Layout)]
     tokens = iter(_encode_layouts(renderer, good))
-    results: list[Sample | RecordError] = []
+    results: list[tuple[Sample, ...] | RecordError] = []
     for layout in layouts:
         if isinstance(layout, RecordError):
             results.append(layout)
@@ -110,11 +110,11 @@ def _without_control_text(
     Markup tokens (added, not special: <think>, <tool_call>) are part of what a model writes, so they stay
     tokens in assistant messages and become text in all others.
     """
-    written = "".join(message.content for message in conversation.messages)
+    written = "".join(message.content or "" for message in conversation.messages)
     texts = renderer.control_texts + renderer.markup_texts
     found = [text for text in texts if text and text in written]
     if not found:
-        return [{"role": m.role, "content": m.content} for m in conversation.messages], {}
+        return [{"role": m.role, "content": m.content or ""} for m in conversation.messages], {}
     base = next((b for b in _STAND_IN_BASES if not any(b <= ord(c) < b + _STAND_INS_PER_BASE for c in written)), None)
     if base is None or len(found) > _STAND_INS_PER_BASE:
         raise RecordError("private-use text", "it has control-token text and characters of both private-use planes")
@@ -126,7 +126,7 @@ def _without_control_text(
     messages = []
     for message in conversation.messages:
         pattern = in_answers if message.role == "assistant" else everywhere
-        content = message.content
+        content = message.content or ""
         if pattern is not None:
             content = pattern.sub(lambda match: stand_in_of[match.group()], content)
         messages.append({"role": message.role, "content": content})
@@ -209,21 +209,32 @@ def _pieces(layout: _Layout) -> list[_Piece]:
     return pieces
 
 
-def _verified_sample(renderer: Renderer, layout: _Layout, tokens: _Tokens) -> Sample:
+def _verified_sample(renderer: Renderer, layout: _Layout, tokens: _Tokens) -> tuple[Sample, ...]:
     conversation = layout.conversation
     boundaries = [_token_at(tokens, character, number) for number, character in enumerate(layout.starts)]
-    spans, turns = [], []
+    spans: list[Span] = []
+    turn = 0
     for number, message in enumerate(conversation.messages):
         start, end = boundaries[number], boundaries[number + 1]
         if number not in layout.output_starts:
-            spans.append(Span(number, message.role, start, start, end, end))
+            spans.append(Span(number, message.role, start, start, end, end, is_owned=True))
             continue
         output_start = _token_at(tokens, layout.output_starts[number], number)
         output_end = _output_end(renderer, layout, tokens, number, output_start, end)
         _check_decodes(renderer, layout, tokens, number, output_start, output_end)
-        spans.append(Span(number, message.role, start, output_start, output_end, end))
-        turns.append(number)
-    return Sample(conversation.id, conversation.index, conversation.source, tokens.ids, tuple(spans), tuple(turns))
+        turn += 1
+        spans.append(Span(number, message.role, start, output_start, output_end, end, is_owned=True, turn=turn))
+    sample = Sample(
+        conversation.id,
+        conversation.index,
+        conversation.source,
+        tokens.ids,
+        tuple(spans),
+        num_turns=turn,
+        weight=conversation.weight,
+        digest=digest(conversation),
+    )
+    return (sample,)
 
 
 def _token_at(tokens: _Tokens, character: int, number: int) -> int:
@@ -236,7 +247,7 @@ def _token_at(tokens: _Tokens, character: int, number: int) -> int:
 
 def _output_end(renderer: Renderer, layout: _Layout, tokens: _Tokens, number: int, output_start: int, end: int) -> int:
     """One past the stop token: the first control token right after what the author wrote."""
-    written = layout.conversation.messages[number].content
+    written = layout.conversation.messages[number].content or ""
     forms = {written, written.rstrip(), written.lstrip(), written.strip()}
     output_begin = layout.output_starts[number]
     controls = [i for i in range(output_start, end) if int(tokens.ids[i]) in renderer.control_ids]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sft_dist.data.sample import Sample, TrainOn, target_turns
+from sft_dist.data.selection import Example
 
 IGNORE = -100
 
@@ -24,10 +24,10 @@ class Batch:
     position_ids: Tensor  # int64 [1, T], restarts at 0 in every sample
     targets: Tensor  # int64 [1, T], the token after each position, or IGNORE
     turn_ids: Tensor  # int64 [1, T], slot of the predicted token in `turns`, or -1
-    weights: Tensor  # float32 [1, T], weight of the predicted token, 0 where there is none
+    weights: Tensor  # float32 [1, T], weight of the predicted token, 0 where there is no target
     cu_seqlens: Tensor  # int32 [n + 1]
     lengths: tuple[int, ...]  # [n], the same on the host
-    turns: tuple[tuple[int, int], ...]  # (number of the sample in the batch, message number) of each turn slot
+    turns: tuple[tuple[int, int], ...]  # (number of the example in the batch, message number) of each turn slot
 
     @property
     def num_targets(self) -> int:
@@ -49,15 +49,15 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[Sample], train_on: TrainOn) -> Batch:
-    """Lay samples end to end. No sample at all gives one token without a target: a forward that trains nothing."""
-    if not samples:
+def collate(examples: Sequence[Example]) -> Batch:
+    """Lay examples end to end. No example at all gives one token without a target: a forward that trains nothing."""
+    if not examples:
         return _empty()
-    ids, targets, turn_ids, positions = [], [], [], []
+    ids, targets, turn_ids, positions, weights = [], [], [], [], []
     turns: list[tuple[int, int]] = []
-    for number, sample in enumerate(samples):
-        messages = target_turns(sample, train_on)
-        predicted = np.append(messages[1:], -1)
+    for number, example in enumerate(examples):
+        sample = example.sample
+        predicted = np.append(example.turns[1:], -1)
         following = np.append(sample.ids[1:], 0)
         owned = [int(message) for message in np.unique(predicted[predicted >= 0])]
         slot_of = {message: len(turns) + slot for slot, message in enumerate(owned)}
@@ -66,14 +66,14 @@ def collate(samples: Sequence[Sample], train_on: TrainOn) -> Batch:
         targets.append(np.where(predicted >= 0, following, IGNORE))
         turn_ids.append(np.array([slot_of.get(int(message), -1) for message in predicted]))
         positions.append(np.arange(len(sample.ids)))
-    lengths = tuple(len(sample.ids) for sample in samples)
-    row_targets = _row(targets)
+        weights.append(np.append(example.weights[1:], np.float32(0)))
+    lengths = tuple(len(example.sample.ids) for example in examples)
     return Batch(
         input_ids=_row(ids),
         position_ids=_row(positions),
-        targets=row_targets,
+        targets=_row(targets),
         turn_ids=_row(turn_ids),
-        weights=(row_targets != IGNORE).to(torch.float32),
+        weights=torch.from_numpy(np.concatenate(weights))[None],
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
         lengths=lengths,
         turns=tuple(turns),

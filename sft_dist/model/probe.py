@@ -5,13 +5,13 @@ change logits after the head in a way logprobs.py does not know.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from sft_dist.data.sample import Int32, Sample, Span
+from sft_dist.data.sample import Int32, Sample
+from sft_dist.data.selection import Example
 from sft_dist.data.store import PreparedDataset
 from sft_dist.errors import ConfigError
 from sft_dist.model.batch import collate
@@ -23,7 +23,7 @@ _MAX_TOKENS = 256
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
-Probe = tuple[Sample, ...]
+Probe = tuple[Example, ...]
 
 
 def choose(dataset: PreparedDataset, max_length: int) -> Probe:
@@ -32,16 +32,19 @@ def choose(dataset: PreparedDataset, max_length: int) -> Probe:
     return tuple(_beginning(dataset[int(number)], min(_MAX_TOKENS, max_length)) for number in shortest)
 
 
-def _beginning(sample: Sample, num_tokens: int) -> Sample:
+def _beginning(sample: Sample, num_tokens: int) -> Example:
+    """The first tokens of a sample, all of them targets but the first."""
     ids = sample.ids[:num_tokens]
-    return replace(sample, ids=ids, spans=(Span(0, "user", 0, 0, len(ids), len(ids)),), turns=())
+    is_target = np.arange(len(ids)) > 0
+    beginning = Sample(sample.conversation_id, sample.index, sample.source, ids, (), num_turns=0)
+    return Example(beginning, np.where(is_target, 0, -1).astype(np.int32), is_target.astype(np.float32))
 
 
 def logprobs(engine: Engine, probe: Probe) -> list[float]:
     """Packed log-probs of the probe's tokens, from the sharded model. A collective."""
     engine.train(False)
     with torch.no_grad():
-        values = engine.logprobs(collate(probe, "all"))
+        values = engine.logprobs(collate(probe))
     return [float(value) for value in values]
 
 
@@ -51,7 +54,7 @@ def check(engine: Engine, probe: Probe) -> float:
     Raises ConfigError when they differ by more than rounding. A collective.
     """
     packed = torch.tensor(logprobs(engine, probe))
-    alone = torch.tensor([value for sample in probe for value in plain_logprobs(engine.causal_lm, sample.ids)])
+    alone = torch.tensor([v for example in probe for v in plain_logprobs(engine.causal_lm, example.sample.ids)])
     difference = float((packed - alone).abs().max())
     bound = ROUNDING[engine.causal_lm.dtype]
     if not difference <= bound:

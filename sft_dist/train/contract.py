@@ -15,7 +15,18 @@ from sft_dist.model.engine import compute_dtype
 from sft_dist.train.checkpoint import Checkpoint
 
 # Keys of the run file that change which numbers a run computes. All others may change between stop and resume.
-_MATHEMATICS = ("seed", "model.dtype", "data.max_length", "objective.", "batch.global_packs", "optimizer.", "schedule.")
+_MATHEMATICS = (
+    "seed",
+    "model.dtype",
+    "model.control_tokens",
+    "data.max_length",
+    "data.overflow",
+    "data.deduplicate",
+    "objective.",
+    "batch.global_packs",
+    "optimizer.",
+    "schedule.",
+)
 # Of the model's configuration, what describes the file and not the function.
 _NOT_MATHEMATICS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
@@ -31,6 +42,7 @@ def facts(
         "config": flatten(config.model_dump(mode="json")),
         "dtype": str(compute_dtype(config.model)).removeprefix("torch."),
         "data": dataset.folder.name,  # content-addressed
+        "mixture": [[source.repeat, source.weight] for source in config.data.train],
         "heldout": None if heldout is None else heldout.folder.name,
         "template": dataset.manifest["template"],
         "stop_ids": dataset.manifest["stop_ids"],
@@ -49,6 +61,7 @@ def check(checkpoint: Checkpoint, now: dict[str, Any], *, allow_changed: Sequenc
         for key in sorted(before["config"].keys() | now["config"].keys())
         if key.startswith(_MATHEMATICS)
     }
+    pairs["data.train (repeat, weight)"] = (before["mixture"], now["mixture"])
     pairs["data"] = (before["data"], now["data"])
     pairs["model"] = (before["model"], now["model"])
     changed = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from sft_dist.config import RunConfig
 from sft_dist.data.packing import Pack
 from sft_dist.data.plan import Plan
-from sft_dist.data.store import PreparedDataset
+from sft_dist.data.selection import Selection
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ExitCode, TrainingError
@@ -32,7 +32,7 @@ from sft_dist.train.schedule import learning_rate
 
 @dataclass(frozen=True, slots=True)
 class Heldout:
-    dataset: PreparedDataset
+    selection: Selection
     packs: list[Pack]
 
 
@@ -54,7 +54,7 @@ class Run:
         config: RunConfig,
         world: World,
         engine: Engine,
-        dataset: PreparedDataset,
+        selection: Selection,
         plan: Plan,
         heldout: Heldout | None,
         state: TrainState,
@@ -64,7 +64,7 @@ class Run:
         self.config = config
         self.world = world
         self.engine = engine
-        self.dataset = dataset
+        self.selection = selection
         self.plan = plan
         self.heldout = heldout
         self.state = state
@@ -72,7 +72,7 @@ class Run:
         self.stop = StopRequest()
         self._facts = facts
         self._run_dir = Path(config.run_dir)
-        self._probe = probe.choose(dataset, config.data.max_length)
+        self._probe = probe.choose(selection.dataset, config.data.max_length)
         self._saved_step: int | None = state.step if state.step else None
 
     def train(self) -> Result:
@@ -101,7 +101,7 @@ class Run:
         rate = learning_rate(step, self.plan.num_steps, config.optimizer, config.schedule)
         self.engine.set_lr(rate)
         self.engine.train()
-        loss = accumulate_gradient(self.engine, self.dataset, self.plan, step, config, self.world)
+        loss = accumulate_gradient(self.engine, self.selection, self.plan, step, config, self.world)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")
         applied, grad_norm = self.engine.step()
@@ -119,7 +119,7 @@ class Run:
             self.state,
             step=step + 1,
             num_tokens=self.state.num_tokens + num_tokens,
-            num_target_tokens=self.state.num_target_tokens + plan.denominator(step),
+            num_target_tokens=self.state.num_target_tokens + plan.num_step_targets(step),
             train_time_s=self.state.train_time_s + step_s,
             first_loss=loss if self.state.first_loss is None else self.state.first_loss,
             last_loss=loss,
@@ -145,7 +145,7 @@ class Run:
             grad_norm=grad_norm,
             learning_rate=rate,
             num_tokens=num_tokens,
-            num_target_tokens=plan.denominator(step),
+            num_target_tokens=plan.num_step_targets(step),
             step_time_s=step_s,
             memory_gib=memory_gib,
         )
@@ -156,9 +156,8 @@ class Run:
         config = self.config
         nll = heldout_nll(
             self.engine,
-            self.heldout.dataset,
+            self.heldout.selection,
             self.heldout.packs,
-            config.objective.train_on,
             self.world,
             config.batch.packs_per_micro_batch,
         )
@@ -196,7 +195,7 @@ class Run:
             return
         started = time.monotonic()
         record = {
-            "samples": [s.ids.tolist() for s in self._probe],
+            "samples": [example.sample.ids.tolist() for example in self._probe],
             "logprobs": probe.logprobs(self.engine, self._probe),
         }
         saved = checkpoint.save(
@@ -225,7 +224,7 @@ class Run:
     def _result(self, exit_code: ExitCode, reason: str) -> Result:
         state, plan = self.state, self.plan
         summary = {
-            "conversations": self.dataset.manifest["num_records"],
+            "conversations": self.selection.dataset.manifest["num_records"],
             "samples": plan.num_samples,
             "tokens": plan.num_tokens,
             "target_tokens": plan.num_target_tokens,
@@ -249,7 +248,7 @@ class Run:
 
 
 def accumulate_gradient(
-    engine: Engine, dataset: PreparedDataset, plan: Plan, step: int, config: RunConfig, world: World
+    engine: Engine, selection: Selection, plan: Plan, step: int, config: RunConfig, world: World
 ) -> float:
     """All forwards and backwards of one step; returns its loss over all ranks. docs/objective.md, section 5."""
     micro_batches = plan.micro_batches(
@@ -259,7 +258,7 @@ def accumulate_gradient(
     local_nll = 0.0
     for number, pack in enumerate(micro_batches):
         _seed_dropout(config.seed, step, number, world.rank)
-        batch = collate([dataset[index] for index in pack], config.objective.train_on)
+        batch = collate([selection[number] for number in pack])
         nll = weighted_nll(engine.logprobs(batch), batch)
         engine.backward(nll / denominator, is_last=number == len(micro_batches) - 1)
         local_nll += float(nll.detach())
@@ -272,8 +271,8 @@ def weighted_nll(logprobs: Tensor, batch: Batch) -> Tensor:
     return -(logprobs * weights).sum()
 
 
-def plan_heldout(dataset: PreparedDataset, config: RunConfig) -> Heldout:
-    return Heldout(dataset, scoring_packs(dataset.lengths, config.data.max_length))
+def plan_heldout(selection: Selection) -> Heldout:
+    return Heldout(selection, scoring_packs(selection))
 
 
 def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from sft_dist.config import DataConfig, ModelConfig
+from sft_dist.config import DataConfig, ModelConfig, SourceConfig
 from sft_dist.data import formats
 from sft_dist.data import prepare as preparing
 from sft_dist.data.prepare import prepare
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 def run(path: Path, model: ModelConfig, **data: Any) -> PreparedDataset:
     options = {"cache_dir": str(path.parent / "prepared"), "num_processes": 1} | data
-    return prepare([str(path)], model, DataConfig(**options))
+    return prepare([SourceConfig(path=str(path))], model, DataConfig(**options))
 
 
 def test_formats_give_the_same_samples(tmp_path: Path, model: ModelConfig) -> None:
@@ -138,7 +138,7 @@ BAD_RECORDS = [
 def test_bad_records_are_refused_with_a_reason(record: Any, reason: str) -> None:
     row = formats.Row(0, "x", "x.jsonl", ":1", json.dumps(record).encode())
     with pytest.raises(preparing.RecordError) as caught:
-        formats.to_conversation(row)
+        formats.to_record(row)
     assert caught.value.reason == reason
 
 

@@ -1,5 +1,6 @@
 """Every trained token lies in a span that decodes to what its author wrote, and ends in the stop token."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from sft_dist.data.conversation import Conversation, Message, RecordError
 from sft_dist.data.renderer import TEMPLATES_DIR, Renderer
 from sft_dist.data.rendering import render
-from sft_dist.data.sample import Sample, target_turns
+from sft_dist.data.sample import Sample
 from tests.helpers.models import CHATML, build_tokenizer
+from tests.helpers.samples import select
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
@@ -32,13 +34,14 @@ def renderer() -> Renderer:
 
 
 def conversation(*messages: tuple[str, str]) -> Conversation:
-    return Conversation("c", 0, "test", "test:1", tuple(Message(role, content) for role, content in messages))
+    return Conversation("c", 0, "test", "test:1", 1.0, tuple(Message(role, content) for role, content in messages))
 
 
 def sample_of(renderer: Renderer, *messages: tuple[str, str]) -> Sample:
     result = render(renderer, [conversation(*messages)])[0]
-    assert isinstance(result, Sample), result
-    return result
+    assert not isinstance(result, RecordError), result
+    (sample,) = result
+    return sample
 
 
 def decode(renderer: Renderer, ids: Any) -> str:
@@ -67,11 +70,12 @@ def test_spans_decode_to_what_was_written_and_text_stays_text(
     if isinstance(result, RecordError):
         assert result.reason == "private-use text"
         return
+    (sample,) = result
     start, stop = (renderer.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>"))
-    ids = result.ids.tolist()
+    ids = sample.ids.tolist()
     assert ids.count(start) == ids.count(stop) == len(messages), "control tokens come from the template alone"
     assert decode(renderer, ids) == "".join(f"<|im_start|>{r}\n{c}<|im_end|>\n" for r, c in messages)
-    for span, (role, content) in zip(result.spans, messages, strict=True):
+    for span, (role, content) in zip(sample.spans, messages, strict=True):
         assert span.role == role
         output = ids[span.output_start : span.output_end]
         if role == "assistant":
@@ -80,16 +84,16 @@ def test_spans_decode_to_what_was_written_and_text_stays_text(
             assert decode(renderer, ids[span.start : span.output_start]) == "<|im_start|>assistant\n"
         else:
             assert decode(renderer, output) == f"<|im_start|>{role}\n{content}<|im_end|>\n"
-    assert [span.end for span in result.spans] == [span.start for span in result.spans[1:]] + [len(ids)]
+    assert [span.end for span in sample.spans] == [span.start for span in sample.spans[1:]] + [len(ids)]
 
 
-def test_targets_follow_train_on(renderer: Renderer) -> None:
+def test_targets_follow_train_on(renderer: Renderer, tmp_path: Path) -> None:
     sample = sample_of(renderer, ("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
     expected = {"assistant": "one<|im_end|>two<|im_end|>", "last_assistant": "two<|im_end|>"}
     for train_on, text in expected.items():
-        turns = target_turns(sample, train_on)  # type: ignore[arg-type]
+        turns = select(tmp_path, [sample], train_on=train_on)[0].turns
         assert decode(renderer, sample.ids[turns >= 0]) == text
-    everything = target_turns(sample, "all")
+    everything = select(tmp_path, [sample], train_on="all")[0].turns
     assert everything[0] == -1 and (everything[1:] >= 0).all()
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from sft_dist.config import BatchConfig, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
-from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import prepare
+from sft_dist.data.selection import Policy, Selection
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import StorageError
 from sft_dist.model import engine as engines
+from sft_dist.preparation import training_set
 from sft_dist.session import close_session, open_session
 from sft_dist.train import checkpoint
 from sft_dist.train.checkpoint import TrainState
@@ -35,7 +36,7 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             gradient_checkpointing=case.get("gradient_checkpointing", True),
         ),
         data=DataConfig(
-            train=(case["data"],), max_length=MAX_LENGTH, cache_dir=str(folder / "prepared"), num_processes=1
+            train=({"path": case["data"]},), max_length=MAX_LENGTH, cache_dir=str(folder / "prepared"), num_processes=1
         ),
         objective=ObjectiveConfig(train_on=case.get("train_on", "assistant")),
         batch=BatchConfig(global_packs=case["global_packs"], packs_per_micro_batch=case.get("per_forward", 1)),
@@ -48,18 +49,10 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
     from deepspeed.utils import safe_get_full_grad
 
     config = run_config(case, folder)
-    dataset = prepare(config.data.train, config.model, config.data)
-    plan = Plan(
-        dataset.lengths,
-        dataset.num_targets(config.objective.train_on),
-        max_length=MAX_LENGTH,
-        global_packs=config.batch.global_packs,
-        seed=config.seed,
-        epochs=1,
-    )
+    selection, plan = training_set(config)
     engine = engines.training_engine(config, world, None)
     engine.train()
-    loss = accumulate_gradient(engine, dataset, plan, 0, config, world)
+    loss = accumulate_gradient(engine, selection, plan, 0, config, world)
     forwards = plan.micro_batches(
         0, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
     )
@@ -82,12 +75,11 @@ def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, 
 
     config = run_config(case, folder)
     dataset = prepare(config.data.train, config.model, config.data)
+    selection = Selection(dataset, Policy(MAX_LENGTH))
     engine = engines.inference_engine(config, world, None)
     found = []
-    for pack in distribute(scoring_packs(dataset.lengths, MAX_LENGTH), world.rank, world.size, 2):
-        found += [
-            (s.sample, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, dataset, pack, "assistant")
-        ]
+    for pack in distribute(scoring_packs(selection), world.rank, world.size, 2):
+        found += [(s.example, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, selection, pack)]
     return sorted(item for part in collectives.gather(found) for item in part)
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_dist.data.sample import Sample, Span
+from sft_dist.data.selection import Example
 from sft_dist.errors import ConfigError
 from sft_dist.model import attention, logprobs
 from sft_dist.model.attention import SPLIT, choose_attention
@@ -16,11 +17,14 @@ from sft_dist.model.logprobs import TokenLogprobs
 from tests.helpers.models import FAMILIES, build_model
 
 
-def sample(length: int, *, seed: int = 0) -> Sample:
+def example(length: int, *, seed: int = 0, everything: bool = False) -> Example:
     ids = np.random.default_rng(seed).integers(3, 300, length).astype(np.int32)
     half = length // 2
-    spans = (Span(0, "user", 0, 0, half, half), Span(1, "assistant", half, half + 2, length - 1, length))
-    return Sample(f"s{seed}", seed, "test", ids, spans, (1,))
+    user = Span(0, "user", 0, 0, half, half, is_owned=True)
+    spans = (user, Span(1, "assistant", half, half + 2, length - 1, length, is_owned=True, turn=1))
+    turns = np.full(length, -1, np.int32)
+    turns[slice(1, None) if everything else slice(half + 2, length - 1)] = 1
+    return Example(Sample(f"s{seed}", seed, "test", ids, spans, num_turns=1), turns, (turns > 0).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +49,13 @@ def test_packed_logprobs_and_gradients_equal_each_sample_alone(
     folder: Path, family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_ROWS", 7)
-    samples = [sample(length, seed=length) for length in (30, 4, 17, 41)]
+    examples = [example(length, seed=length) for length in (30, 4, 17, 41)]
     packed_model = TokenLogprobs(load(folder, family, implementation))
-    packed = packed_model(collate(samples, "assistant"))
+    packed = packed_model(collate(examples))
     packed.sum().backward()
     alone_model = load(folder, family, "eager")
     alone = []
-    for item in samples:
+    for item in (e.sample for e in examples):
         ids = torch.from_numpy(item.ids.astype(np.int64))
         rows = alone_model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
         span = item.spans[1]
@@ -70,7 +74,7 @@ def test_no_more_than_one_chunk_of_logits_exists(folder: Path, monkeypatch: pyte
     project = head.forward
     head.forward = lambda hidden: rows_seen.append(len(hidden)) or project(hidden)
     wrapped = TokenLogprobs(model)
-    batch = collate([sample(60)], "all")
+    batch = collate([example(60, everything=True)])
     wrapped(batch).sum().backward()
     forwards = rows_seen[: len(rows_seen) // 2]
     assert max(rows_seen) == 8 and sum(forwards) == batch.num_targets == 59
@@ -78,7 +82,7 @@ def test_no_more_than_one_chunk_of_logits_exists(folder: Path, monkeypatch: pyte
 
 def test_a_batch_without_targets_gives_a_connected_zero(folder: Path) -> None:
     wrapped = TokenLogprobs(load(folder, "qwen2", SPLIT))
-    for batch in (collate([], "assistant"), without_targets(collate([sample(9)], "assistant"))):
+    for batch in (collate([]), without_targets(collate([example(9)]))):
         result = wrapped(batch)
         assert result.shape == (0,)
         result.sum().backward()
@@ -92,8 +96,8 @@ def without_targets(batch: Batch) -> Batch:
 
 
 def test_collate_shifts_once_and_restarts_positions() -> None:
-    first, second = sample(8, seed=1), sample(8, seed=2)
-    batch = collate([first, second], "assistant")
+    first, second = example(8, seed=1), example(8, seed=2)
+    batch = collate([first, second])
     assert batch.cu_seqlens.tolist() == [0, 8, 16] and batch.lengths == (8, 8)
     assert batch.position_ids[0].tolist() == [*range(8), *range(8)]
     rows = (batch.targets[0] != IGNORE).nonzero()[:, 0].tolist()
