@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 # Of messages. `text` is the role of the one message that a plain text is.
 ROLES = ("system", "developer", "user", "assistant", "tool", "text")
 
+_LONGEST_DETAIL = 1000
+
 
 class RecordError(Exception):
     """A record that cannot become a trained sample. `reason` is what it is counted by, `detail` what was seen."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        if len(detail) > _LONGEST_DETAIL:
+            detail = detail[: _LONGEST_DETAIL - 100] + " … " + detail[-90:]
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

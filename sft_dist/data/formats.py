@@ -6,10 +6,10 @@ are DataErrors; faults of one record are RecordErrors, which the caller refuses 
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import get_args
+from typing import TypeAlias
 
 from sft_dist.config import RecordFormat, SourceConfig
 from sft_dist.data import readers, records
@@ -17,7 +17,7 @@ from sft_dist.data.conversation import Record, RecordError
 from sft_dist.data.parsing import Payload, parse
 from sft_dist.errors import DataError
 
-# How many records may be of no known format before the source is taken for something else.
+# How many records may be of no known format before the source is an error.
 _ROWS_TO_TELL = 100
 
 
@@ -43,55 +43,58 @@ class Row:
         return "/".join(filter(None, (self.source, self.part))) + self.place
 
 
+# Path, part, place and payload of one record: a row before its format is known.
+_Place: TypeAlias = tuple[str, str, str, Payload]
+
+
 class SourceReader:
     """Iterate once over the rows of a source; `format` is known from the start, `fraction` of it is read so far.
 
-    `first_index` numbers the rows through all sources. Raises DataError for a source that cannot be read, that holds no
-    records, or whose format cannot be told.
+    `first_index` numbers the rows through all sources. Raises DataError for a source that cannot be read or whose
+    format cannot be told.
     """
 
     def __init__(self, source: SourceConfig, first_index: int = 0) -> None:
         self.source = source
         self.fraction = 0.0
-        rows = self._rows(first_index)
-        head: list[Row] = []
-        self.format: RecordFormat = source.format if source.format != "auto" else self._told_by(rows, head)
-        self._tail = chain(head, rows)
+        self._first_index = first_index
+        payloads = self._payloads()
+        head: list[_Place] = []
+        self.format: RecordFormat = source.format if source.format != "auto" else self._told_by(payloads, head)
+        self._places = chain(head, payloads)
 
     def __iter__(self) -> Iterator[Row]:
-        for row in self._tail:
-            yield replace(row, format=self.format)
+        name = source_name(self.source)
+        for index, (path, part, place, payload) in enumerate(self._places, start=self._first_index):
+            yield Row(index, name, path, place, payload, part, self.format)
 
-    def _rows(self, first_index: int) -> Iterator[Row]:
-        name, index = source_name(self.source), first_index
+    def _payloads(self) -> Iterator[_Place]:
         files = readers.expand(self.source.path)
-        sizes = [max(1, Path(path).stat().st_size) if part else 1 for path, part in files]
-        for number, (path, part) in enumerate(files):
+        sizes = [Path(path).stat().st_size if part else 1 for path, part in files]
+        num_read, total = 0, sum(sizes)
+        for (path, part), size in zip(files, sizes, strict=True):
             reader = readers.RecordReader(path)
-            before, after = sum(sizes[:number]) / sum(sizes), sum(sizes[: number + 1]) / sum(sizes)
             for place, payload in reader:
-                self.fraction = before + (after - before) * reader.fraction
-                yield Row(index, name, path, place, payload, part)
-                index += 1
-            self.fraction = after
+                self.fraction = (num_read + size * reader.fraction) / total
+                yield path, part, place, payload
+            num_read += size
+        self.fraction = 1.0
 
-    def _told_by(self, rows: Iterator[Row], head: list[Row]) -> RecordFormat:
-        """The format of the first record that has one; rows that were read for it are put into `head`."""
-        problem = "it holds no records"
-        for row in rows:
-            head.append(row)
+    def _told_by(self, payloads: Iterator[_Place], head: list[_Place]) -> RecordFormat:
+        """The format of the first record that has one; what was read for it is put into `head`."""
+        problem = ""
+        for path, part, place, payload in islice(payloads, _ROWS_TO_TELL):
+            head.append((path, part, place, payload))
             try:
-                return records.format_of(parse(row.payload, row.path, row.place))
+                return records.format_of(parse(payload, path, place))
             except RecordError as error:
-                problem = problem if len(head) > 1 else f"{row.where}: {error}"
-            if len(head) == _ROWS_TO_TELL:
-                break
-        if head:
-            formats = ", ".join(get_args(RecordFormat)[1:])
-            problem = (
-                f"none of the first {len(head)} record(s) is of a known format ({formats}); the first one:\n  {problem}"
-            )
-        raise DataError(f"{self.source.path}: {problem}")
+                problem = problem or f"{path}{place}: {error}"
+        if not head:
+            raise DataError(f"{self.source.path}: it holds no records")
+        raise DataError(
+            f"{self.source.path}: none of the first {len(head)} record(s) is of a known format "
+            f"({', '.join(records.REQUIRED)}); the first one:\n  {problem}"
+        )
 
 
 def detect_format(source: SourceConfig) -> RecordFormat:
@@ -120,7 +123,7 @@ def source_name(source: SourceConfig) -> str:
     """Name of a source in statistics: the one given, else the file name or pattern without suffixes, or the Hub id."""
     if source.name is not None:
         return source.name
-    return source.path if readers.is_hub_id(source.path) else readers.without_suffix(Path(source.path).name)
+    return source.path if readers.is_hub_id(source.path) else readers.without_suffix(Path(source.path).absolute().name)
 
 
 def source_fingerprint(source: SourceConfig) -> str:

@@ -22,9 +22,9 @@ SHAREGPT_ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 # What would change the training here or in other tools, and what to write instead.
-_MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained on")
+MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained on")
 _MARKS = dict.fromkeys(("loss", "loss_mask", "mask", "trainable", "training"), "write `train: true` or `train: false`")
-_REFUSED = _MARKS | {
+_REFUSED = MEDIA | _MARKS | {
     "train_detail": "parts of a message cannot be marked",
     "refusal": "write it as `content`",
 }
@@ -94,7 +94,9 @@ def weight_of(value: Any, what: str) -> float:
 
 def refuse_fields(fields: Mapping[str, Any], refused: Mapping[str, str], what: str) -> None:
     """Fields that say something about training and cannot be followed must not be dropped in silence."""
-    for name, instead in (*refused.items(), *_MEDIA.items()):
+    if refused.keys().isdisjoint(fields):
+        return
+    for name, instead in refused.items():
         if fields.get(name) not in (None, "", [], {}):
             raise RecordError("unsupported field", f"{what} has `{name}`: {instead}")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sft_dist.config import RecordFormat
 from sft_dist.data.conversation import Conversation, Message, Record, RecordError, Text, Tokens, check_record
-from sft_dist.data.messages import message_of, messages_of, refuse_fields, tools_of, weight_of
+from sft_dist.data.messages import MEDIA, message_of, messages_of, refuse_fields, tools_of, weight_of
 from sft_dist.data.parsing import kind
 
 Fields = Mapping[str, Any]
@@ -32,8 +32,8 @@ MASKS = ("labels", "loss_mask", "completion_mask", "assistant_masks")
 IGNORED_LABEL = -100
 
 # What would change the training here or in other tools, and what to write instead.
-_REFUSED = {
-    "train": "it belongs to messages; a record has `weight`",
+_REFUSED = MEDIA | {"train": "it belongs to messages; a record has `weight`"}
+_REFUSED_OF_CONVERSATION = {
     "system_prompt": "write it as the first message",
     "documents": "write them into a message",
     "chat_template": "give the template in data.chat_template",
@@ -60,13 +60,14 @@ def convert(fields: Fields, format: RecordFormat, *, index: int, source: str, wh
         )
     identity = default_id if fields.get("id") in (None, "") else str(fields["id"])
     weight = weight_of(fields.get("weight"), "the record")
+    refuse_fields(fields, _REFUSED, "the record")
     record: Record
     if format == "text":
         record = Text(identity, index, source, where, weight, fields["text"])
     elif format == "tokens":
         record = Tokens(identity, index, source, where, weight, *_token_ids(fields))
     else:
-        refuse_fields(fields, _REFUSED, "the record")
+        refuse_fields(fields, _REFUSED_OF_CONVERSATION, "the record")
         messages, tools = _MESSAGES_OF[format](fields), tools_of(fields)
         record = Conversation(identity, index, source, where, weight, messages, tools)
     check_record(record)
