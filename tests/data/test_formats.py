@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -943,3 +944,30 @@ def test_any_text_survives_every_reader_exactly(tmp_path: Path, texts: list[str]
     pa.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
     for name in ("x.jsonl", "x.json", "x.csv", "x.parquet"):
         assert [record.text for record in read(tmp_path / name) if isinstance(record, Text)] == texts, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the documentation says
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_every_reason_is_documented() -> None:
+    modules = ("parsing", "messages", "records", "conversation", "formats")
+    code = "".join((ROOT / "sft_dist" / "data" / f"{name}.py").read_text(encoding="utf-8") for name in modules)
+    reasons = set(re.findall(r'RecordError\(\s*"([^"]+)"', code))
+    table = DOCS[DOCS.index("| reason |") : DOCS.index("Rendering and verification")]
+    cells = re.findall(r"^\| ([^|]+?) \|", table, flags=re.MULTILINE)[1:]
+    listed = {reason for cell in cells for reason in cell.split(", ")}
+    assert listed == reasons and len(reasons) > 20
+
+
+def test_documented_examples_are_of_the_format_they_stand_for() -> None:
+    examples = re.findall(r"^\| `(\w+)` \|.*?\| `(\{.*?\})`", DOCS, flags=re.MULTILINE)
+    assert [name for name, _ in examples] == list(REQUIRED)
+    for name, text in examples:
+        assert formats.records.format_of(json.loads(text)) == name
+        convert(json.loads(text))
+    (whole,) = re.findall(r"^```json\n(.*?)```", DOCS, flags=re.MULTILINE | re.DOTALL)
+    assert isinstance(record := convert(json.loads(whole)), Conversation) and len(record.tools) == 1
