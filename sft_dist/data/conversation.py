@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 ROLES = ("system", "developer", "user", "assistant", "tool", "text")
 
 _LONGEST_DETAIL = 1000
+_DEEPEST = 100
 
 
 class RecordError(Exception):
@@ -112,11 +113,22 @@ def check_text(text: str, what: str) -> None:
 def check_json(value: Any, what: str) -> None:
     """Raise RecordError unless a template can write this tree as JSON: objects, lists, real text, finite numbers."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise RecordError("broken text", f"{what} has a lone surrogate, which is no Unicode text") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RecordError("not JSON", f"{what} cannot be written as JSON: {error}") from None
+    # Templates, digests and pickles recurse: what comes near Python's limit here would pass it there.
+    if text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
+        raise RecordError("nested too deeply", f"{what}: more than {_DEEPEST} objects and lists in each other")
+
+
+def _is_deeper(value: Any, num_levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+    if items is None:
+        return False
+    return num_levels == 0 or any(_is_deeper(item, num_levels - 1) for item in items)
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -24,10 +24,14 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # What would change the training here or in other tools, and what to write instead.
 MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained on")
 _MARKS = dict.fromkeys(("loss", "loss_mask", "mask", "trainable", "training"), "write `train: true` or `train: false`")
-_REFUSED = MEDIA | _MARKS | {
-    "train_detail": "parts of a message cannot be marked",
-    "refusal": "write it as `content`",
-}
+_REFUSED = (
+    MEDIA
+    | _MARKS
+    | {
+        "train_detail": "parts of a message cannot be marked",
+        "refusal": "write it as `content`",
+    }
+)
 
 
 def messages_of(value: Any, field: str) -> tuple[Message, ...]:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from sft_dist.config import RecordFormat, SourceConfig
 from sft_dist.data import formats
-from sft_dist.data.conversation import Conversation, Message, Record, RecordError, Text, Tokens, ToolCall
+from sft_dist.data.conversation import Conversation, Message, Record, RecordError, Text, Tokens, ToolCall, digest
 from sft_dist.data.parsing import ArrowValues, CsvCells
 from sft_dist.data.records import REQUIRED
 from sft_dist.errors import DataError
@@ -789,7 +789,7 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     ({"input_ids": "1 2", "labels": [1]}, "token ids"),
     ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, "token ids"),
     ({"input_ids": [1, 2.0], "labels": [1, 2]}, "token ids"),
-    ({"input_ids": [1, True], "labels": [1, 2]}, "token ids"),
+    ({"input_ids": [2, True], "labels": [2, 1]}, "token ids"),
     ({"input_ids": [1, -2], "labels": [1, -2]}, "token ids"),
     ({"input_ids": [1, 2**31], "labels": [1, 2**31]}, "token ids"),
     ({"input_ids": [1, 2], "labels": [1]}, "token ids"),
@@ -835,6 +835,35 @@ HARMLESS = [
 @pytest.mark.parametrize("record", HARMLESS)
 def test_fields_that_change_nothing_are_no_reason(record: Any) -> None:
     convert(record)
+
+
+def test_deep_nesting_is_refused_before_it_can_exceed_the_stack() -> None:
+    texts = [
+        '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": %s}}]}]}',
+        '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "type": %s}]}]}',
+        '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f", "parameters": %s}]}',
+        '{"messages": [{"role": %s, "content": "x"}]}',
+        '{"messages": %s}',
+        '{"id": %s, "text": "x"}',
+        '{"text": "x", "harmless": %s}',
+    ]
+    # Up to and beyond Python's limit of 1,000 calls, less those of the test itself.
+    for depth in [*range(90, 103), *range(800, 1010)]:
+        for text in texts:
+            raw = (text % ("[" * depth + "]" * depth)).encode()
+            try:
+                record = formats.to_record(formats.Row(0, "x", "x.jsonl", ":1", raw))
+            except RecordError:
+                continue
+            digest(pickle.loads(pickle.dumps(record)))
+            assert isinstance(record, Text) or depth < 100
+
+
+def test_tools_are_of_one_form() -> None:
+    function = WEATHER["function"]
+    for tool in (WEATHER, function, {"function": function}, function | {"type": "function"}):
+        record = convert(one() | {"tools": [tool]})
+        assert isinstance(record, Conversation) and record.tools == (WEATHER,)
 
 
 def test_weight_zero_is_kept_for_the_selection() -> None:
