@@ -87,7 +87,7 @@ class Selection:
             # A text that is cut into windows is one turn all the same.
             of_span = np.bincount(row, num_tokens, minlength=len(spans.weight))
             self._span_weights = spans.weight / np.maximum(of_span, 1)
-        own = np.bincount(view, self._span_weights[row] * num_tokens, minlength=len(self))
+        own: Float64 = np.bincount(view, self._span_weights[row] * num_tokens, minlength=len(self)).astype(np.float64)
         self._scale = self._scales(own)  # [n] factor of the span weights in each example
         self.mass: Float64 = self._scale * own  # [n] what each example adds to the denominator of its step
 

@@ -111,7 +111,7 @@ def repeated_plan(
 
 
 def seen_by_epoch(plan: Plan) -> list[Counter[int]]:
-    """How often each sample is in each epoch. Epochs begin where `micro_batches` may leave packs out."""
+    """How often each sample is in each epoch."""
     bounds = plan._first_steps.tolist()
     return [
         Counter(index for step in range(first, last) for pack in plan.packs(step) for index in pack)

@@ -52,7 +52,7 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
     selection, plan = training_set(config)
     engine = engines.training_engine(config, world, None)
     engine.train()
-    loss = accumulate_gradient(engine, selection, plan, 0, config, world)
+    loss, _ = accumulate_gradient(engine, selection, plan, 0, config, world)
     forwards = plan.micro_batches(
         0, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
     )
