@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sft_dist.data.sample import Span
@@ -68,8 +69,8 @@ class Details:
     def add(self, examples: Sequence[Example], values: TokenValues) -> None:
         """Count the targets of one forward over `examples`, in the order of the row."""
         assert values.is_top is not None
-        logprob, is_top = values.logprob.detach().double().cpu().numpy(), values.is_top.cpu().numpy()
-        facts = np.stack([-logprob, is_top, np.ones(len(logprob))], -1)  # float64 [num_targets, 3]
+        columns = [-values.logprob, values.is_top, torch.ones_like(values.logprob)]
+        facts = torch.stack(columns, -1).detach().double().cpu().numpy()  # float64 [num_targets, 3]
         begin = 0
         for example in examples:
             end = begin + int((example.turns >= 0).sum())
