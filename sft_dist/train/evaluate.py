@@ -8,10 +8,11 @@ import torch
 from sft_dist.data.packing import Pack, best_fit_decreasing
 from sft_dist.data.plan import distribute
 from sft_dist.data.selection import Example, Selection
-from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.model.batch import IGNORE, collate
 from sft_dist.model.engine import Engine
+from sft_dist.model.logprobs import Wanted
+from sft_dist.train.details import Details
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,15 @@ def score_pack(engine: Engine, selection: Selection, pack: Pack) -> list[TurnSco
     return [TurnScore(pack[example], message, count, logprob) for example, message, count, logprob in scores]
 
 
-def heldout_nll(engine: Engine, selection: Selection, packs: Sequence[Pack], world: World, per_forward: int) -> float:
-    """Mean negative log-probability per target token, over all ranks. A collective."""
+def heldout_details(
+    engine: Engine, selection: Selection, packs: Sequence[Pack], world: World, per_forward: int
+) -> Details:
+    """NLL and accuracy of every target token, each counted once whatever its weight, over all ranks. A collective."""
     engine.train(False)
-    total = count = 0.0
+    details = Details(selection.sources)
     for pack in distribute(packs, world.rank, world.size, per_forward):
-        for score in score_pack(engine, selection, pack):
-            total -= score.logprob
-            count += score.num_tokens
-    total, count = collectives.all_sum([total, count])
-    return total / count
+        examples = [selection[number] for number in pack]
+        with torch.no_grad():
+            details.add(examples, engine.token_values(collate(examples), Wanted(is_top=True)))
+    details.reduce()
+    return details
