@@ -47,6 +47,7 @@ class GrowingOutput:
         self._journal = output.with_name(output.name + ".journal")
         self._paths = [output.with_name(f"{output.name}.partial-{number + 1}") for number in range(num_parts)]
         with self._storage():
+            self._parts_left_behind()  # another command's output is told before anything is touched
             self._files = [_locked(path, output) for path in self._paths]
             self.parts = self._parts_left_behind() or [Part()] * num_parts
             for path, file, part in zip(self._paths, self._files, self.parts, strict=True):
