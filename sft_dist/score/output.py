@@ -80,7 +80,7 @@ class GrowingOutput:
         with self._storage():
             whole = self._paths[0] if len(self._paths) == 1 else self._merged(names)
             os.replace(whole, self.output)
-            self._journal.unlink()
+            self._journal.unlink(missing_ok=True)
             for path in self._paths:
                 path.unlink(missing_ok=True)
 
@@ -98,6 +98,10 @@ class GrowingOutput:
         return temporary
 
     def _parts_left_behind(self) -> list[Part] | None:
+        if not self._paths[0].exists():
+            # A kill between the two steps of publishing leaves a journal of an output that is in place.
+            self._journal.unlink(missing_ok=True)
+            return None
         try:
             journal = json.loads(self._journal.read_text())
             before = journal["settings"]

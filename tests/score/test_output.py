@@ -118,3 +118,33 @@ def test_a_finished_output_stays_until_the_next_one_is_whole(tmp_path: Path) -> 
     growing.publish(["a"])
     release(growing)
     assert json.loads(output.read_text()) == line(0)
+
+
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_a_kill_while_publishing_leaves_a_whole_output_and_a_command_that_works(
+    tmp_path: Path, num_models: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kill comes right after the rename."""
+    output = tmp_path / "o"
+    names = ["a", "b"][:num_models]
+    growing = GrowingOutput(output, SETTINGS, num_models)
+    for number in range(num_models):
+        growing.append(number, [line(0)], Tally(), num_done=1)
+        growing.finish(number)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        growing.publish(names)
+    release(growing)
+    published = output.read_bytes()
+    again = GrowingOutput(output, SETTINGS, num_models)
+    for number, part in enumerate(again.parts):
+        if not part.is_whole:
+            again.append(number, [line(0)], Tally(), num_done=1)
+    again.publish(names)
+    release(again)
+    assert output.read_bytes() == published
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
