@@ -196,6 +196,41 @@ def interrupt(place: Place, output: Path, number: signal.Signals, after_blocks: 
     return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
+def test_the_launcher_passes_the_signal_on_and_gives_its_code(
+    scoring: Place, uninterrupted: bytes, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    options = command(scoring, "many.jsonl", output, "--block-items", "4")[2:]
+    words = [str(Path(sys.executable).parent / "sft-launch"), "run", str(scoring.run_file), "--nproc", "2"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def launch() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*words, "--verb", "score", "--", *options],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    launcher = launch()
+    try:
+        deadline = time.monotonic() + 120
+        while not done_so_far(Path(f"{output}.journal")) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        launcher.terminate()
+        said, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 128 + signal.SIGTERM, said
+    assert "the same command goes on from there" in said and not output.exists()
+    again = launch()
+    said, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and "going on from there" in said, said
+    assert output.read_bytes() == uninterrupted
+
+
 def done_so_far(journal: Path) -> int:
     return int(json.loads(journal.read_text())["parts"][0]["num_done"]) if journal.exists() else 0
 
