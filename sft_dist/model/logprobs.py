@@ -76,6 +76,7 @@ class TokenLogprobs(nn.Module):
                 position_ids=batch.position_ids,
                 use_cache=False,
                 segment_lengths=batch.lengths,
+                segment_parents=batch.parents,
             ).last_hidden_state  # [1, T, D]
         rows = (batch.targets[0] != IGNORE).nonzero(as_tuple=True)[0]
         columns: Tensor = self.model.get_output_embeddings()(

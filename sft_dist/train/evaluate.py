@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sft_dist.data.packing import Pack, best_fit_decreasing
 from sft_dist.data.plan import distribute
 from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World
-from sft_dist.model.batch import IGNORE, collate
+from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.engine import Engine
 from sft_dist.model.logprobs import Wanted
 from sft_dist.train.details import Details
@@ -44,6 +46,17 @@ def score_examples(engine: Engine, examples: Sequence[Example]) -> list[tuple[in
         (example, message, count, float(value))
         for (example, message), count, value in zip(batch.turns, counts, sums, strict=True)
     ]
+
+
+def turn_logprobs(engine: Engine, batch: Batch) -> list[tuple[int, int, NDArray[np.float32]]]:
+    """(example, message, float32 [tokens]) of each turn slot: log Pr of every target. One forward, a collective."""
+    with torch.no_grad():
+        logprobs = engine.logprobs(batch).float().cpu().numpy()  # float32 [num_targets]
+    slots = batch.turn_ids[0][batch.targets[0] != IGNORE].numpy()  # int64 [num_targets]
+    order = np.argsort(slots, kind="stable")
+    ends = np.cumsum(np.bincount(slots, minlength=len(batch.turns)))
+    parts = np.split(logprobs[order], ends)[: len(batch.turns)]
+    return [(example, message, part) for (example, message), part in zip(batch.turns, parts, strict=True)]
 
 
 def score_pack(engine: Engine, selection: Selection, pack: Pack) -> list[TurnScore]:
