@@ -4,12 +4,15 @@ The only module (with model/zero.py) that imports deepspeed. What the run file d
 DeepSpeed file decides as well is an error that names both.
 """
 
+import ctypes
+import gc
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,15 @@ class Engine:
     def set_lr(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    def close(self) -> None:
+        """Free the memory of the weights, for another model; the engine answers nothing after that."""
+        zero.release(self._engine.module)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        with suppress(OSError, AttributeError):  # glibc keeps freed memory of loader threads otherwise
+            ctypes.CDLL(None).malloc_trim(0)
 
     def save(self, folder: Path) -> None:
         """Write this rank's shards below `folder`; publishing them is train/checkpoint.py's business.

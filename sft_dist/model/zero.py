@@ -82,6 +82,14 @@ def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
 
 
+def release(model: nn.Module) -> None:
+    """Let go of all weights of a model that is no longer used: DeepSpeed keeps references to its parameters."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+
+
 def is_vector(parameter: nn.Parameter) -> bool:
     """Norm weights and biases: what weight decay leaves alone."""
     return len(_whole_shape(parameter)) < 2

@@ -1,6 +1,5 @@
 """The order of things: resolve the models, read the data, then for each model block after block, and publish."""
 
-import gc
 import os
 import signal
 import threading
@@ -159,9 +158,7 @@ def _score_model(
         lines, tally = job.score(engine, layout, block, partial(progress.advance, block))
         _on_main(world, partial(_append, growing, number, lines, tally, block.end))
     _on_main(world, lambda: growing.finish(number) if growing else None)
-    del engine
-    # Engines hold cycles; the memory of one model must be free before the next is loaded.
-    gc.collect()
+    engine.close()
 
 
 def _append(
