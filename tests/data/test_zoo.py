@@ -3,13 +3,15 @@
 The oracle (tests/helpers/inference.py) asks transformers what inference would see and never the code under test.
 """
 
-import json
+
+import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
+
 
 from sft_dist.data.conversation import Conversation, Message, RecordError
 from sft_dist.data.renderer import Renderer
@@ -25,6 +27,7 @@ from tests.helpers.inference import (
     missing,
     only_added,
     render_text,
+    texts_written,
     twin_of,
 )
 from tests.helpers.zoo import BENIGN, DATE, FAMILIES, ZOO_DIR, Family, hostile
@@ -34,6 +37,7 @@ REASONS = frozenset(
         "template error",
         "no stop token",
         "template changes the answer",
+        "template contradicts itself",
         "template drops a message",
         "tokenizer changes the text",
         "turn inside a token",
@@ -93,19 +97,24 @@ def check_refusal(family: Family, conversation: Conversation, error: RecordError
         want = expected(family, conversation)
         lost = missing(family, conversation)
     except Refused:
-        assert error.reason == "template error", error
+        has_tools = conversation.tools or any(message.tool_calls for message in conversation.messages)
+        assert error.reason == "template error" or (has_tools and error.reason == "template drops a message"), error
         return
     match error.reason:
         case "template error":
             raise AssertionError(f"the template refuses nothing: {error}")
-        case "template drops a message":
-            assert lost, error
+        case "template drops a message" | "template changes the answer" if lost:
+            pass
         case "tokenizer changes the text":
             texts = [want.full, *(turn.own for turn in want.turns)]
             assert any(not survives(family, text) for text in texts), error
+        case "private-use text":
+            assert has_added_text(family, conversation) and all(
+                any(low <= character < high for character in texts_written(family, conversation))
+                for low, high in (("\U000f0000", "\U00100000"), ("\U00100000", "\U0010ffff"))
+            )
         case _:
-            allowed = family.also | set(family.refused.values())
-            assert error.reason in allowed or want.problem, error
+            assert error.reason in family.refused.values() or want.problem, error
 
 
 def check_samples(family: Family, conversation: Conversation, samples: tuple[Sample, ...]) -> None:
@@ -121,14 +130,22 @@ def check_samples(family: Family, conversation: Conversation, samples: tuple[Sam
         for span in sample.spans:
             if span.role == "assistant" and span.is_owned:
                 number, turn = turns[span.message]
+                turn, twin_turn = (shown(family, sample, t) for t in (turn, twin.turns[number]))
                 assert span.turn == number + 1
                 check_turn(family, sample, span, turn)
-                twin_turn = twin.turns[number]
                 written = added_ids(family, twin_turn.prompt + twin_turn.output)
                 assert only_added(family, sample.ids[: span.output_end].tolist()) == written, "text stays text"
                 if not has_added_text(family, conversation):
                     check_token_boundaries(family, sample, span, turn)
-    assert len(samples) == num_branches(want)
+    assert len(samples) == num_branches(family, want)
+
+
+def shown(family: Family, sample: Sample, turn: Turn) -> Turn:
+    """The turn as its sample has it: with the end that it has in a history, if the sample goes on."""
+    is_last = turn.message == max(span.message for span in sample.spans)
+    if family.history_stop is None or is_last:
+        return turn
+    return replace(turn, output=turn.output.removesuffix(family.stop) + family.history_stop)
 
 
 def check_owners(conversation: Conversation, samples: tuple[Sample, ...]) -> None:
@@ -149,21 +166,22 @@ def check_layout(conversation: Conversation, sample: Sample) -> None:
 def check_whole(family: Family, conversation: Conversation, sample: Sample) -> None:
     upto = max(span.message for span in sample.spans) + 1
     text = render_text(family, conversation, upto, prompt=False)
-    assert decode(family, sample.ids) == text
+    assert same(family, decode(family, sample.ids), text)
 
 
 def check_turn(family: Family, sample: Sample, span: Span, turn: Turn) -> None:
-    assert decode(family, sample.ids[: span.output_start]) == turn.prompt, "the context of inference"
-    assert decode(family, sample.ids[: span.output_end]) == turn.prompt + turn.output, "what the template renders"
+    context, whole = (decode(family, sample.ids[:end]) for end in (span.output_start, span.output_end))
+    assert same(family, context, turn.prompt), "the context of inference"
+    assert same(family, whole, turn.prompt + turn.output), "what the template renders"
     assert family.tokenizer.added_tokens_decoder[int(sample.ids[span.output_end - 1])].special, "ends in a stop token"
 
 
 def check_token_boundaries(family: Family, sample: Sample, span: Span, turn: Turn) -> None:
     """The ids are those of pieces cut at the starts of outputs, which is where generation began."""
     starts = [s.output_start for s in sample.spans if s.role == "assistant" and s.message <= span.message]
-    cuts = [len(decode(family, sample.ids[:start])) for start in starts]
-    assert cuts[-1] == len(turn.prompt)
     text = turn.prompt + turn.output
+    cuts = [length_of(family, text, decode(family, sample.ids[:start])) for start in starts]
+    assert cuts[-1] == len(turn.prompt)
     first, *middle = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
     ids = family.tokenizer(first, add_special_tokens=False).input_ids
     assert sample.ids[: len(ids)].tolist() == ids, "the first context is encoded in one piece"
@@ -173,19 +191,38 @@ def check_token_boundaries(family: Family, sample: Sample, span: Span, turn: Tur
 
 
 def encode_after_control(family: Family, text: str) -> list[int]:
-    ids: list[int] = family.tokenizer(family.tokenizer.eos_token + text, add_special_tokens=False).input_ids
-    return ids[1:]
+    """Ids of a piece in the middle: encoded behind a newline, so that it gets no space that starts a section."""
+    before, ids = (family.tokenizer("\0" + t, add_special_tokens=False).input_ids for t in ("", text))
+    assert ids[: len(before)] == before
+    return list(ids[len(before) :])
 
 
-def num_branches(want: Expected) -> int:
-    """One sample for every turn whose text no later text continues."""
+def num_branches(family: Family, want: Expected) -> int:
+    """One sample for the whole, and one for every turn whose text no later one continues."""
     wholes = [turn.prompt + turn.output for turn in want.turns]
+    if family.history_stop:
+        wholes = [whole.removesuffix(family.stop) + family.history_stop for whole in wholes]
     later = [[*wholes[number + 1 :], want.full] for number in range(len(wholes))]
-    return max(1, sum(not any(b.startswith(a) for b in bs) for a, bs in zip(wholes, later, strict=True)))
+    return 1 + sum(not any(b.startswith(a) for b in bs) for a, bs in zip(wholes, later, strict=True))
+
+
+def same(family: Family, decoded: str, text: str) -> bool:
+    """Equal; a tokenizer that puts a space before every section shows it behind its added tokens."""
+    return decoded == text or (family.prepends and without_spaces(family, decoded) == without_spaces(family, text))
+
+
+def without_spaces(family: Family, text: str) -> str:
+    added = "|".join(map(re.escape, family.tokenizer.added_tokens_encoder))
+    return re.sub(f"({added}) +", r"\1", text)
+
+
+def length_of(family: Family, text: str, decoded: str) -> int:
+    """How many characters of `text` were decoded to `decoded`, its beginning."""
+    return next(end for end in range(len(text) + 1) if same(family, decoded, text[:end]))
 
 
 def survives(family: Family, text: str) -> bool:
-    return decode(family, family.tokenizer(text, add_special_tokens=False).input_ids) == text
+    return same(family, decode(family, family.tokenizer(text, add_special_tokens=False).input_ids), text)
 
 
 def decode(family: Family, ids: Any) -> str:

@@ -4,18 +4,29 @@ Nothing here knows how the package renders. What a conversation's structure dema
 tokens) is read from a twin of it, in which every text is a word of plain letters.
 """
 
+import datetime
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 from jinja2 import TemplateError
+from transformers.utils import chat_template_utils
 
 from sft_dist.data.conversation import Conversation, Message, ToolCall, texts_of
 from tests.helpers.zoo import DATE, Family
 
 _SIMPLE = re.compile(r"[A-Za-z_]+")
+
+
+class _Today(datetime.datetime):
+    """The clock of whoever runs inference on the day that the tests say it is."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "_Today":
+        return cls(DATE.year, DATE.month, DATE.day, tzinfo=tz)
 
 
 class Refused(Exception):
@@ -44,41 +55,37 @@ class Expected:
 def render_text(family: Family, conversation: Conversation, upto: int, *, prompt: bool) -> str:
     """Raises Refused."""
     try:
-        return str(
-            family.tokenizer.apply_chat_template(
-                _dicts(family, conversation.messages[:upto]),
-                tools=list(conversation.tools) or None,
-                chat_template=family.source,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                strftime_now=DATE.strftime,
-                **family.kwargs,
+        with mock.patch.object(chat_template_utils, "datetime", _Today):
+            return str(
+                family.tokenizer.apply_chat_template(
+                    _dicts(family, conversation.messages[:upto]),
+                    tools=list(conversation.tools) or None,
+                    chat_template=family.source,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **family.kwargs,
+                )
             )
-        )
     except (TemplateError, TypeError, ValueError) as error:
         raise Refused(str(error)) from None
 
 
 def expected(family: Family, conversation: Conversation) -> Expected:
     """The turns as at inference. Raises Refused where the template refuses the conversation or a part that is needed."""
-    twin = twin_of(family, conversation)
     full = render_text(family, conversation, len(conversation.messages), prompt=False)
     turns = []
     for number, message in enumerate(conversation.messages):
         if message.role != "assistant":
             continue
-        prompt, own = (render_text(family, conversation, number + i, prompt=not i) for i in (0, 1))
-        twin_prompt, twin_own = (render_text(family, twin, number + i, prompt=not i) for i in (0, 1))
-        if not own.startswith(prompt) or not twin_own.startswith(twin_prompt):
+        prompt = render_text(family, conversation, number, prompt=True)
+        own = render_text(family, conversation, number + 1, prompt=False)
+        if not own.startswith(prompt):
             return Expected((), full, f"message {number}: the answer does not begin with its generation prompt")
-        rest = twin_own[len(twin_prompt) :]
-        stop = _stop_end(family, rest, twin.messages[number])
-        if stop is None:
+        stop = (family.call_stop or family.stop) if message.tool_calls else family.stop
+        at = own.rfind(stop, len(prompt)) if stop else -1
+        if at < 0:
             return Expected((), full, f"message {number}: no stop token")
-        tail = rest[stop:]
-        if not own.endswith(tail):
-            return Expected((), full, f"message {number}: another tail than its twin")
-        turns.append(Turn(number, prompt, own[len(prompt) : len(own) - len(tail)], own))
+        turns.append(Turn(number, prompt, own[len(prompt) : at + len(stop)], own))
     return Expected(tuple(turns), full)
 
 
@@ -94,13 +101,17 @@ def only_added(family: Family, ids: Sequence[int]) -> list[int]:
 
 def has_added_text(family: Family, conversation: Conversation) -> bool:
     """Whether someone wrote what looks like an added token: then no plain call of the tokenizer gives the ids."""
-    written = "\0".join(texts_of([_dicts(family, conversation.messages), conversation.tools]))
+    written = texts_written(family, conversation)
     return any(text in written for text in family.tokenizer.added_tokens_encoder)
+
+
+def texts_written(family: Family, conversation: Conversation) -> str:
+    return "\0".join(texts_of([_dicts(family, conversation.messages), conversation.tools]))
 
 
 def missing(family: Family, conversation: Conversation) -> list[str]:
     """Texts of a conversation that no render shows: contents and schemas anywhere, answers in the render they end."""
-    twin = twin_of(family, conversation)
+    twin, markup = twin_of(family, conversation), _markup(family)
     lacking = []
     for written in (twin, conversation):
         own = {
@@ -110,7 +121,8 @@ def missing(family: Family, conversation: Conversation) -> list[str]:
         }
         anywhere = "\0".join([*own.values(), render_text(family, written, len(written.messages), prompt=False)])
         for number, message in enumerate(written.messages):
-            lacking += [text for text in _message_texts(message) if not _shown(text, own.get(number, anywhere))]
+            parts = [part for text in _message_texts(message) for part in markup.split(text) if part.strip()]
+            lacking += [part for part in parts if not _shown(part, own.get(number, anywhere))]
         lacking += [tool["function"]["name"] for tool in written.tools if tool["function"]["name"] not in anywhere]
     return lacking
 
@@ -118,8 +130,7 @@ def missing(family: Family, conversation: Conversation) -> list[str]:
 def twin_of(family: Family, conversation: Conversation) -> Conversation:
     """The same structure with a plain word for every text; white space around texts stays, so do tokens in answers."""
     count = iter(range(100_000))
-    markup = [token.content for token in family.tokenizer.added_tokens_decoder.values() if not token.special]
-    tokens = re.compile("(" + "|".join(map(re.escape, sorted(markup, key=len, reverse=True))) + ")") if markup else None
+    markup = _markup(family)
 
     def word(text: str) -> str:
         body = text.strip()
@@ -129,9 +140,8 @@ def twin_of(family: Family, conversation: Conversation) -> Conversation:
         return f"{text[:start]}w{next(count)}w{text[start + len(body) :]}"
 
     def answer(text: str) -> str:
-        if tokens is None:
-            return word(text)
-        return "".join(part if tokens.fullmatch(part) else word(part) for part in tokens.split(text))
+        marks = [*markup.findall(text), ""]
+        return "".join(word(part) + mark for part, mark in zip(markup.split(text), marks, strict=True))
 
     messages = []
     for message in conversation.messages:
@@ -145,6 +155,12 @@ def twin_of(family: Family, conversation: Conversation) -> Conversation:
     return replace(conversation, messages=tuple(messages), tools=tuple(_mapped(t, word) for t in conversation.tools))
 
 
+def _markup(family: Family) -> re.Pattern[str]:
+    added = family.tokenizer.added_tokens_decoder.values()
+    texts = sorted((token.content for token in added if not token.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {
@@ -156,14 +172,6 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [_mapped(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
-
-
-def _stop_end(family: Family, rest: str, message: Message) -> int | None:
-    """Where the stop tokens end that follow what the author wrote last; `rest` is a render of a twin."""
-    last = max((rest.rfind(text.strip()) + len(text.strip()) for text in _message_texts(message)), default=0)
-    control = [re.escape(t.content) for t in family.tokenizer.added_tokens_decoder.values() if t.special]
-    run = re.compile("(?:" + "|".join(control) + ")+").search(rest, last)
-    return None if run is None else run.end()
 
 
 def _message_texts(message: Message) -> list[str]:

@@ -14,7 +14,8 @@ ZOO_DIR = Path(__file__).parent.parent / "zoo"
 DATE = datetime.date(2024, 2, 29)
 THINK = ("<think>", "</think>")
 TOOL_TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-DROPS, ERROR, CHANGES = "template drops a message", "template error", "template changes the answer"
+DROPS, ERROR = "template drops a message", "template error"
+CHANGES, CONTRADICTS = "template changes the answer", "template contradicts itself"
 
 _CHATML = partial(
     byte_level, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"], [*THINK, *TOOL_TAGS], modern=True
@@ -92,12 +93,20 @@ class Family:
     """A template of the zoo with a tokenizer: what it refuses of the benign conversations, and what else it may."""
 
     template: str
+    stop: str  # what the model must write at the end of an answer
     build: Callable[[], Any]
     refused: Mapping[str, str] = field(default_factory=dict)  # benign conversation -> reason
-    also: frozenset[str] = frozenset()  # reasons that hostile conversations may meet beside the ones checked
+    call_stop: str | None = None  # at the end of a call, if other
+    history_stop: str | None = None  # of an answer that another message follows, if other
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the template
     arguments: str = "mapping"  # how the template wants those of a call: "mapping" or "string"
     variant: str = ""
+
+    @property
+    def prepends(self) -> bool:
+        """Whether the tokenizer puts a space before every section between added tokens."""
+        one, two = (self.tokenizer(f"{mark}x", add_special_tokens=False).input_ids for mark in (self.tokenizer.eos_token, ""))
+        return bool(one[1:] == two and self.tokenizer.convert_ids_to_tokens(two)[0].startswith("▁"))
 
     @property
     def name(self) -> str:
@@ -118,65 +127,71 @@ def _built(build: Callable[[], Any]) -> Any:
 
 
 _NO_TOOLS = dict.fromkeys(("tool call", "two tool calls"), DROPS)
-_TOOLS_RAISE = dict.fromkeys(("tool call", "two tool calls"), ERROR)
 _NO_REASONING = dict.fromkeys(("reasoning on each turn", "reasoning on the last turn"), DROPS)
 _CHAT_ONLY = {**_NO_TOOLS, **_NO_REASONING}
-_STRICT_CHAT_ONLY = {**_TOOLS_RAISE, **_NO_REASONING}
 _EVERYTHING = ("plain", "system", "tool call", "two tool calls", "reasoning on each turn", "reasoning on the last turn")
 _EVERYTHING = (*_EVERYTHING, "twelve turns")
 
 FAMILIES = (
-    Family("qwen2_5", _QWEN, _NO_REASONING),
-    Family("qwen2_5", partial(_CHATML, eos="<|im_end|>"), _NO_REASONING, variant="no-nfc"),
-    Family("qwen3", _QWEN),
-    Family("qwen3", partial(_CHATML, eos="<|im_end|>"), variant="no-nfc"),
+    Family("qwen2_5", "<|im_end|>", _QWEN, _NO_REASONING),
+    Family("qwen2_5", "<|im_end|>", partial(_CHATML, eos="<|im_end|>"), _NO_REASONING, variant="no-nfc"),
+    Family("qwen3", "<|im_end|>", _QWEN),
+    Family("qwen3", "<|im_end|>", partial(_CHATML, eos="<|im_end|>"), variant="no-nfc"),
     Family(
-        "qwen3",
+        "qwen3", "<|im_end|>",
         partial(_CHATML, eos="<|im_end|>"),
-        dict.fromkeys(("reasoning on each turn", "reasoning on the last turn"), CHANGES),
+        dict.fromkeys(("reasoning on each turn", "reasoning on the last turn"), CONTRADICTS),
         kwargs={"enable_thinking": False},
         variant="no-thinking",
     ),
-    Family("llama3", _LLAMA3, {"two tool calls": ERROR, **_NO_REASONING}),
+    Family("llama3", "<|eot_id|>", _LLAMA3, {"two tool calls": ERROR, **_NO_REASONING}),
     Family(
-        "llama3",
+        "llama3", "<|eot_id|>",
         _LLAMA3,
         {"two tool calls": ERROR, **_NO_REASONING},
         kwargs={"tools_in_user_message": False, "date_string": "1 Jan 2020"},
         variant="tools-in-system",
     ),
-    Family("llama2", partial(_LLAMA2, prefix="every"), _STRICT_CHAT_ONLY),
-    Family("llama2", partial(_LLAMA2, prefix="first"), _STRICT_CHAT_ONLY, variant="metaspace"),
-    Family("mistral_v1", partial(_LLAMA2, prefix="every"), _STRICT_CHAT_ONLY),
-    Family("mistral_v3", _MISTRAL, _NO_REASONING),
-    Family("gemma2", _GEMMA, {**_STRICT_CHAT_ONLY, "system": ERROR}),
-    Family("gemma3", _GEMMA, _STRICT_CHAT_ONLY),
-    Family("phi3", _PHI3, _CHAT_ONLY),
-    Family("phi4", partial(_CHATML, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("deepseek_v3", _DEEPSEEK, _NO_REASONING, arguments="string"),
-    Family("deepseek_v31", _DEEPSEEK, _NO_REASONING),
-    Family("deepseek_v31", _DEEPSEEK, kwargs={"thinking": True}, variant="thinking"),
-    Family("zephyr", partial(_LLAMA2, prefix="every"), _CHAT_ONLY),
-    Family("zephyr", _T5, _CHAT_ONLY, variant="unigram"),
-    Family("command_r", _COMMAND_R, _STRICT_CHAT_ONLY),
-    Family("gpt_oss", _GPT_OSS, {"two tool calls": ERROR}),
-    Family("generation_marks", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("no_system", partial(_GPT2, eos="<|endoftext|>"), {**_STRICT_CHAT_ONLY, "system": ERROR}),
-    Family("strips", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("rewrites", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY),
-    Family("dated", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("two_stops", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
-    Family("phi4", partial(_CHATML, eos="<|endoftext|>"), _CHAT_ONLY, variant="stop-is-not-eos"),
-    Family("no_stop", partial(_GPT2, eos="<|endoftext|>"), dict.fromkeys(_EVERYTHING, "no stop token") | _CHAT_ONLY),
-    Family("eos_at_end", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
-    Family("drops_system", partial(_GPT2, eos="<|im_end|>"), {**_CHAT_ONLY, "system": DROPS}),
-    Family("bos_once", partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"), _CHAT_ONLY),
+    Family("llama2", "</s>", partial(_LLAMA2, prefix="every"), _CHAT_ONLY),
+    Family("llama2", "</s>", partial(_LLAMA2, prefix="first"), _CHAT_ONLY, variant="metaspace"),
+    Family("mistral_v1", "</s>", partial(_LLAMA2, prefix="every"), _CHAT_ONLY),
+    Family("mistral_v3", "</s>", _MISTRAL, _NO_REASONING),
+    Family("gemma2", "<end_of_turn>", _GEMMA, {**_CHAT_ONLY, "system": ERROR}),
+    Family("gemma3", "<end_of_turn>", _GEMMA, _CHAT_ONLY),
+    Family("phi3", "<|end|>", _PHI3, _CHAT_ONLY),
+    Family("phi4", "<|im_end|>", partial(_CHATML, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("deepseek_v3", "<｜end▁of▁sentence｜>", _DEEPSEEK, _NO_REASONING, arguments="string"),
+    Family("deepseek_v31", "<｜end▁of▁sentence｜>", _DEEPSEEK, _NO_REASONING),
+    Family("deepseek_v31", "<｜end▁of▁sentence｜>", _DEEPSEEK, kwargs={"thinking": True}, variant="thinking"),
+    Family("zephyr", "</s>", partial(_LLAMA2, prefix="every"), _CHAT_ONLY),
+    Family("zephyr", "</s>", _T5, _CHAT_ONLY, variant="unigram"),
+    Family("command_r", "<|END_OF_TURN_TOKEN|>", _COMMAND_R, _CHAT_ONLY),
+    Family("gpt_oss", "<|return|>", _GPT_OSS, {"two tool calls": ERROR}, call_stop="<|call|>"),
+    Family("generation_marks", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("no_system", "<|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), {**_CHAT_ONLY, "system": ERROR}),
+    Family("strips", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("rewrites", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY),
+    Family("dated", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("two_stops", "<|im_end|><|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
+    Family("phi4", "<|im_end|>", partial(_CHATML, eos="<|endoftext|>"), _CHAT_ONLY, variant="stop-is-not-eos"),
+    Family("no_stop", "", partial(_GPT2, eos="<|endoftext|>"), dict.fromkeys(_EVERYTHING, "no stop token") | _NO_TOOLS),
+    Family("eos_at_end", "<|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
     Family(
-        "bos_twice",
+        "eos_after_stop",
+        "<|im_end|><|endoftext|>",
+        partial(_GPT2, eos="<|endoftext|>"),
+        _CHAT_ONLY,
+        history_stop="<|im_end|>",
+    ),
+    Family("dated_by_variable", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("drops_system", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), {**_CHAT_ONLY, "system": DROPS}),
+    Family("bos_once", "<|im_end|>", partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"), _CHAT_ONLY),
+    Family(
+        "bos_twice", "<|im_end|>",
         partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"),
         dict.fromkeys(_EVERYTHING, "double BOS") | _CHAT_ONLY,
     ),
-    Family("joins", partial(byte_level, ["<s>", "</s>"], THINK, eos="</s>"), _CHAT_ONLY),
+    Family("joins", "</s>", partial(byte_level, ["<s>", "</s>"], THINK, eos="</s>"), _CHAT_ONLY),
 )
 
 
