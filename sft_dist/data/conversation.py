@@ -98,8 +98,10 @@ def _plain(message: Message) -> list[Any]:
 
 
 def check_text(text: str, what: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RecordError("broken text", f"{what} has a lone surrogate, which is no Unicode text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RecordError("broken text", f"{what} has a lone surrogate, which is no Unicode text") from None
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -140,9 +140,14 @@ def _layout(
     work: _Renders, text: str, first_owned: int, end: int, answers: dict[int, Answer], stand_ins: dict[str, str]
 ) -> Layout:
     """Find where each message lies in `text`, and check that those it owns are all there."""
-    starts = [0]
+    starts, header = [0], work.renderer.answer_header
     for number in range(1, end):
-        starts.append(max(starts[-1], _boundary(work, text, number, is_owned=number >= first_owned)))
+        answer = answers.get(number)
+        if answer and header and text.endswith(header, 0, answer.start):
+            start = answer.start - len(header)  # saves a render
+        else:
+            start = _boundary(work, text, number, is_owned=number >= first_owned)
+        starts.append(max(starts[-1], start))
     starts.append(len(text))
     contents = {}
     for number in range(first_owned, end):

@@ -13,6 +13,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sft_dist.config import DataConfig, ModelConfig
 from sft_dist.data.conversation import Message, RecordError
 from sft_dist.errors import ConfigError
@@ -60,6 +63,11 @@ class Renderer:
         if self.asks_for_today:
             self._source = f"{_TODAY_MACRO}{template}"
             self._kwargs["sft_dist_today"] = {format_: self._date.strftime(format_) for format_ in formats}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was derived stays at home: it is quicker made anew than sent to another process."""
+        derived = {name for name, value in vars(type(self)).items() if isinstance(value, cached_property)}
+        return {name: value for name, value in vars(self).items() if name not in derived}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,6 +141,18 @@ class Renderer:
         return sorted({(framed, first + last) for framed, first, last in found}, key=lambda pair: -len(pair[0]))
 
     @cached_property
+    def byte_lengths(self) -> NDArray[np.int32] | None:
+        """int32 [vocabulary]: bytes of text behind each id; None where the tokenizer is not byte-level."""
+        if self._middle_spec["decoder"] is None or self._middle_spec["decoder"]["type"] != "ByteLevel":
+            return None
+        added = self.tokenizer.added_tokens_decoder
+        lengths = np.zeros(len(self.tokenizer), np.int32)
+        for token, i in self.tokenizer.get_vocab().items():
+            # Every character of a byte-level piece stands for one byte.
+            lengths[i] = len(added[i].content.encode()) if i in added else len(token)
+        return lengths
+
+    @cached_property
     def text_edges(self) -> tuple[list[int], list[int]]:
         """Ids that come before and after a plain text: what the tokenizer puts there, and eos at the end."""
         backend = self.tokenizer.backend_tokenizer
@@ -191,6 +211,17 @@ class Renderer:
         if message.tool_call_id is not None:
             tree["tool_call_id"] = message.tool_call_id
         return tree
+
+    @cached_property
+    def answer_header(self) -> str:
+        """What the template writes before an answer, if it is what a prompt adds to a conversation."""
+        messages = [{"role": "user", "content": "a"}]
+        try:
+            before = self.apply(messages, generation_prompt=False)
+            prompt = self.apply(messages, generation_prompt=True)
+        except RecordError:
+            return ""
+        return prompt.removeprefix(before) if prompt.startswith(before) else ""
 
     @property
     def shows_tools(self) -> bool:

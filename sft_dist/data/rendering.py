@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.data.conversation import Conversation, Record, RecordError, Text, Tokens, digest
-from sft_dist.data.layout import Layout, common_length, escape_text, lay_out
+from sft_dist.data.layout import Answer, Layout, common_length, escape_text, lay_out
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
 
@@ -65,9 +65,15 @@ def _text_layout(renderer: Renderer, text: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
+    """Ids, and where each begins and ends in its text, counted in bytes of what was written or in characters."""
+
     ids: NDArray[np.int32]  # [T]
-    begins: NDArray[np.int64]  # [T] first character
-    ends: NDArray[np.int64]  # [T] character after the last
+    begins: NDArray[np.int64]  # [T]
+    ends: NDArray[np.int64]  # [T]
+    in_bytes: bool
+
+    def position(self, layout: Layout, character: int) -> int:
+        return len(_as_written(layout, layout.text[:character]).encode()) if self.in_bytes else character
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,40 +84,71 @@ class _Piece:
 
 
 def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | RecordError]:
+    """Encode all layouts; their pieces go to the tokenizer in one batch."""
     pieces = [_pieces(layout) for layout in layouts]
-    backends = {"first": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
+    lengths = renderer.byte_lengths
     encoded = {
-        kind: iter(
-            backend.encode_batch(
-                [piece.text for group in pieces for piece in group if piece.kind == kind], add_special_tokens=False
-            )
-        )
-        for kind, backend in backends.items()
+        kind: iter(_encode_batch(backend, [p.text for group in pieces for p in group if p.kind == kind], lengths))
+        for kind, backend in _backends(renderer).items()
     }
     results: list[_Tokens | RecordError] = []
     for layout, group in zip(layouts, pieces, strict=True):
-        ids: list[int] = []
-        begins: list[int] = []
-        ends: list[int] = []
+        parts = []
         problem = None
         for piece in group:
-            if piece.kind == "stand-in":
-                written = _attempt(renderer.encode_written, layout.stand_ins[piece.text])
-                if isinstance(written, RecordError):
-                    problem = written
-                    continue
-                ids += written
-                begins += [piece.begin] * len(written)
-                ends += [piece.begin + 1] * len(written)
-            else:
-                encoding = next(encoded[piece.kind])
-                ids += encoding.ids
-                for begin, end in encoding.offsets:
-                    begins.append(piece.begin + begin)
-                    ends.append(piece.begin + end)
-        tokens = _Tokens(np.array(ids, np.int32), np.array(begins, np.int64), np.array(ends, np.int64))
-        results.append(tokens if problem is None else problem)
+            if piece.kind != "stand-in":
+                parts.append(next(encoded[piece.kind]))
+                continue
+            written = _attempt(renderer.encode_written, layout.stand_ins[piece.text])
+            problem = written if isinstance(written, RecordError) else problem
+            parts.append(None if isinstance(written, RecordError) else written)
+        if problem is not None:
+            results.append(problem)
+        elif lengths is not None:
+            results.append(_in_bytes(renderer, layout, group, parts, lengths))
+        else:
+            results.append(_in_characters(group, parts))
     return results
+
+
+def _backends(renderer: Renderer) -> dict[str, Any]:
+    return {"first": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
+
+
+def _encode_batch(backend: Any, texts: list[str], lengths: NDArray[np.int32] | None) -> Any:
+    """Encodings without offsets where the lengths of the tokens tell them."""
+    encode = backend.encode_batch if lengths is None else backend.encode_batch_fast
+    return encode(texts, add_special_tokens=False)
+
+
+def _in_bytes(
+    renderer: Renderer, layout: Layout, group: Sequence[_Piece], parts: Sequence[Any], lengths: NDArray[np.int32]
+) -> _Tokens:
+    ids = np.array([i for part in parts for i in (part if isinstance(part, tuple) else part.ids)], np.int32)
+    ends = np.cumsum(lengths[ids], dtype=np.int64)
+    if (ends[-1] if len(ends) else 0) != len(_as_written(layout, layout.text).encode()):
+        # White space was swallowed or text was normalised: only the tokenizer knows what came from where.
+        backends = _backends(renderer)
+        parts = [
+            part if piece.kind == "stand-in" else backends[piece.kind].encode(piece.text, add_special_tokens=False)
+            for piece, part in zip(group, parts, strict=True)
+        ]
+        return _in_characters(group, parts)
+    return _Tokens(ids, np.concatenate([[0], ends[:-1]]), ends, in_bytes=True)
+
+
+def _in_characters(group: Sequence[_Piece], parts: Sequence[Any]) -> _Tokens:
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for piece, part in zip(group, parts, strict=True):
+        if isinstance(part, tuple):  # written out for a stand-in, which is one character
+            ids += part
+            offsets += [(piece.begin, piece.begin + 1)] * len(part)
+        else:
+            ids += part.ids
+            offsets += [(piece.begin + begin, piece.begin + end) for begin, end in part.offsets]
+    edges = np.array(offsets, np.int64).reshape(-1, 2)
+    return _Tokens(np.array(ids, np.int32), edges[:, 0], edges[:, 1], in_bytes=False)
 
 
 def _pieces(layout: Layout) -> list[_Piece]:
@@ -175,8 +212,10 @@ def _is_same(renderer: Renderer, decoded: str, expected: str) -> bool:
 
 
 def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, tokens: _Tokens) -> Sample:
-    is_control = np.isin(tokens.ids, list(renderer.control_ids))
-    boundaries = [_token_at(tokens, is_control, character, n) for n, character in enumerate(layout.starts)]
+    positions = [tokens.position(layout, character) for character in layout.starts]
+    boundaries = np.searchsorted(tokens.begins, positions).tolist()
+    for number, (token, position) in enumerate(zip(boundaries, positions, strict=True)):
+        _check_boundary(renderer, tokens, token, position, number)
     spans: list[Span] = []
     turn = 0
     for number, message in enumerate(conversation.messages[: len(layout.starts) - 1]):
@@ -184,21 +223,19 @@ def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, toke
         start, end = boundaries[number], boundaries[number + 1]
         output_start = output_end = end
         if answer := layout.answers.get(number):
-            output_start = _token_at(tokens, is_control, answer.start, number)
-            output_end = int(np.searchsorted(tokens.begins, answer.end, side="left"))
-            if not output_start < output_end <= end or not is_control[output_end - 1]:
-                raise RecordError("no stop token", f"message {number + 1}: the stop token is no token of the tokenizer")
+            output_start, output_end = _answer_tokens(renderer, layout, tokens, answer, number)
         elif content := layout.contents.get(number):
-            output_start = int(np.searchsorted(tokens.ends, content[0], side="right"))
-            output_end = max(output_start, int(np.searchsorted(tokens.begins, content[1], side="left")))
-            output_start, output_end = min(max(output_start, start), end), min(max(output_end, start), end)
+            # All tokens that hold some of it: in other roles than the model's own, tokens may lie across its edges.
+            first = int(np.searchsorted(tokens.ends, tokens.position(layout, content[0]), side="right"))
+            last = int(np.searchsorted(tokens.begins, tokens.position(layout, content[1])))
+            output_start, output_end = max(first, start), max(first, start, min(last, end))
         spans.append(
             Span(
                 number,
                 message.role,
                 start,
-                output_start,
-                output_end,
+                min(output_start, end),
+                min(output_end, end),
                 end,
                 is_owned=number in layout.answers or number in layout.contents,
                 turn=turn if message.role == "assistant" else 0,
@@ -218,12 +255,20 @@ def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, toke
     )
 
 
-def _token_at(tokens: _Tokens, is_control: NDArray[np.bool_], character: int, number: int) -> int:
-    """The first token that begins at or after a character; only white space that a control token swallows may end."""
-    index = int(np.searchsorted(tokens.begins, character, side="left"))
-    if index and tokens.ends[index - 1] > character and not is_control[index - 1]:
+def _answer_tokens(renderer: Renderer, layout: Layout, tokens: _Tokens, answer: Answer, number: int) -> tuple[int, int]:
+    """Tokens of an answer, the stop token last. Raises RecordError where they do not begin and end with it."""
+    start, end = tokens.position(layout, answer.start), tokens.position(layout, answer.end)
+    first, last = int(np.searchsorted(tokens.begins, start)), int(np.searchsorted(tokens.begins, end))
+    _check_boundary(renderer, tokens, first, start, number)
+    if first >= last or int(tokens.ids[last - 1]) not in renderer.control_ids:
+        raise RecordError("no stop token", f"message {number + 1}: the stop token is no token of the tokenizer")
+    return first, last
+
+
+def _check_boundary(renderer: Renderer, tokens: _Tokens, token: int, position: int, number: int) -> None:
+    """No token may lie across a boundary, but one: a control token that swallows the white space beside it."""
+    if token and tokens.ends[token - 1] > position and int(tokens.ids[token - 1]) not in renderer.control_ids:
         raise RecordError("turn inside a token", f"message {number + 1}: a token lies across its boundary")
-    return index
 
 
 def _text_sample(renderer: Renderer, record: Text, layout: Layout, tokens: _Tokens) -> Sample:

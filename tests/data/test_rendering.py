@@ -176,8 +176,8 @@ def test_shipped_chatml_ends_answers_with_the_eos_of_a_base_model() -> None:
         ("{% for m in messages %}{{ m['role'] + ':' + (m['content'] if loop.revindex < 3 else '') "
          "+ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
          "template contradicts itself"),
-        ("{% for m in messages %}{% if m['content'] != 'and' %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endif %}"
-         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
+        ("{% for m in messages %}{% if m['content'] != 'and' %}{{ m['role'] + ':' + m['content'] + eos_token }}"
+         "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
          "template drops a message"),
         ("{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}", "no stop token"),
