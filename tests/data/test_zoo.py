@@ -27,6 +27,7 @@ from tests.helpers.inference import (
     missing,
     only_added,
     render_text,
+    template_reads,
     texts_written,
     twin_of,
 )
@@ -108,6 +109,8 @@ def check_refusal(family: Family, conversation: Conversation, error: RecordError
         case "tokenizer changes the text":
             texts = [want.full, *(turn.own for turn in want.turns)]
             assert any(not survives(family, text) for text in texts), error
+        case "control text":
+            assert template_reads(family, conversation), error
         case "private-use text":
             assert has_added_text(family, conversation) and all(
                 any(low <= character < high for character in texts_written(family, conversation))
@@ -137,7 +140,8 @@ def check_samples(family: Family, conversation: Conversation, samples: tuple[Sam
                 assert only_added(family, sample.ids[: span.output_end].tolist()) == written, "text stays text"
                 if not has_added_text(family, conversation):
                     check_token_boundaries(family, sample, span, turn)
-    assert len(samples) == num_branches(family, want)
+    extra = family.history_stop is not None and conversation.messages[-1].role != "assistant"
+    assert len(samples) in (num_branches(family, want), num_branches(family, want) + extra)
 
 
 def shown(family: Family, sample: Sample, turn: Turn) -> Turn:

@@ -127,9 +127,22 @@ def missing(family: Family, conversation: Conversation) -> list[str]:
     return lacking
 
 
-def twin_of(family: Family, conversation: Conversation) -> Conversation:
-    """The same structure with a plain word for every text; white space around texts stays, so do tokens in answers."""
-    count = iter(range(100_000))
+def template_reads(family: Family, conversation: Conversation) -> bool:
+    """Whether a template does other things for what a message says than it does for a plain word in its place."""
+    words: dict[str, str] = {}
+    end = len(conversation.messages)
+    plain = render_text(family, twin_of(family, conversation, words), end, prompt=False)
+    back = re.sub("w[0-9]+w", lambda match: words.get(match.group(), match.group()), plain)
+    rendered = render_text(family, conversation, end, prompt=False)
+    return back != rendered or added_ids(family, plain) != added_ids(family, rendered)
+
+
+def twin_of(family: Family, conversation: Conversation, words: dict[str, str] | None = None) -> Conversation:
+    """The same structure with a plain word for every text; white space around texts stays, so do tokens in answers.
+
+    `words` receives what each word stands for.
+    """
+    words = {} if words is None else words
     markup = _markup(family)
 
     def word(text: str) -> str:
@@ -137,7 +150,9 @@ def twin_of(family: Family, conversation: Conversation) -> Conversation:
         if not body:
             return text
         start = text.index(body)
-        return f"{text[:start]}w{next(count)}w{text[start + len(body) :]}"
+        name = f"w{len(words)}w"
+        words[name] = body
+        return f"{text[:start]}{name}{text[start + len(body) :]}"
 
     def answer(text: str) -> str:
         marks = [*markup.findall(text), ""]
