@@ -222,7 +222,13 @@ def without_spaces(family: Family, text: str) -> str:
 
 def length_of(family: Family, text: str, decoded: str) -> int:
     """How many characters of `text` were decoded to `decoded`, its beginning."""
-    return next(end for end in range(len(text) + 1) if same(family, decoded, text[:end]))
+    end = 0
+    for character in decoded:
+        if character == text[end : end + 1]:
+            end += 1
+        else:
+            assert family.prepends and character == " "
+    return end
 
 
 def survives(family: Family, text: str) -> bool:

@@ -3,7 +3,7 @@
 import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +102,21 @@ class Family:
     arguments: str = "mapping"  # how the template wants those of a call: "mapping" or "string"
     variant: str = ""
 
-    @property
+    @cached_property
     def prepends(self) -> bool:
         """Whether the tokenizer puts a space before every section between added tokens."""
-        one, two = (self.tokenizer(f"{mark}x", add_special_tokens=False).input_ids for mark in (self.tokenizer.eos_token, ""))
-        return bool(one[1:] == two and self.tokenizer.convert_ids_to_tokens(two)[0].startswith("▁"))
+        eos = self.tokenizer.eos_token
+        return "▁" in self.tokenizer.convert_ids_to_tokens(self.tokenizer(f"{eos}x", add_special_tokens=False).input_ids)[1]
 
     @property
     def name(self) -> str:
         return f"{self.template}-{self.variant}" if self.variant else self.template
 
-    @property
+    @cached_property
     def source(self) -> str:
         return (ZOO_DIR / f"{self.template}.jinja").read_text(encoding="utf-8")
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         return _built(self.build)
 
