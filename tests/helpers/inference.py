@@ -122,7 +122,7 @@ def missing(family: Family, conversation: Conversation) -> list[str]:
         anywhere = "\0".join([*own.values(), render_text(family, written, len(written.messages), prompt=False)])
         for number, message in enumerate(written.messages):
             parts = [part for text in _message_texts(message) for part in markup.split(text) if part.strip()]
-            lacking += [part for part in parts if not _shown(part, own.get(number, anywhere))]
+            lacking += [part for part in parts if not is_shown(part, own.get(number, anywhere))]
         lacking += [tool["function"]["name"] for tool in written.tools if tool["function"]["name"] not in anywhere]
     return lacking
 
@@ -196,7 +196,7 @@ def _message_texts(message: Message) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
-def _shown(text: str, rendered: str) -> bool:
+def is_shown(text: str, rendered: str) -> bool:
     body = text.strip()
     forms = (body, json.dumps(body, ensure_ascii=False)[1:-1], json.dumps(body)[1:-1])
     return any(form in rendered for form in forms)
