@@ -72,13 +72,16 @@ def training_set(config: RunConfig) -> tuple[Selection, Plan]:
 
 
 def heldout_set(config: RunConfig) -> Selection | None:
-    """The held-out data, under the same policies. Raises DataError when none of it fits."""
+    """The held-out data, under the same policies. Raises DataError when nothing of it can be scored."""
     if not config.data.heldout:
         return None
     selection = Selection(prepare(config.data.heldout, config.model, config.data), policy(config))
     _refuse_overflow(selection, config)
-    if not len(selection):
-        raise DataError(f"data.heldout: no sample fits into data.max_length ({config.data.max_length:,})")
+    if not selection.num_targets.any():
+        raise DataError(
+            f"data.heldout: no sample has a target token (objective.train_on: {config.objective.train_on}) and fits "
+            f"into data.max_length ({config.data.max_length:,})"
+        )
     return selection
 
 

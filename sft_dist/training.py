@@ -1,6 +1,5 @@
 """The verb `train`: from a run file to a tuned model's checkpoints, resuming by itself."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ClusterError, ConfigError, ExitCode, UserError, say
+from sft_dist.errors import ConfigError, ExitCode, UserError, say
 from sft_dist.preparation import heldout_set, say_left_out, training_set, write_left_out
 
 
@@ -24,7 +23,9 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     try:
         exit_code = _train(config, world)
     except BaseException as error:
-        told = _for_people(error)
+        from sft_dist.session import for_people
+
+        told = for_people(error)
         if lock is not None:
             reason = f"{type(told).__name__}: {told}"
             code = told.exit_code if isinstance(told, UserError) else ExitCode.BUG
@@ -36,14 +37,6 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     if lock is not None:
         lock.release()
     return exit_code
-
-
-def _for_people(error: BaseException) -> BaseException:
-    """A collective that fails because a peer died is no bug of this rank; everything else stays what it is."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and re.search("(?i)closed by peer|connection reset|broken pipe", text):
-        return ClusterError(f"another rank is gone: {text.splitlines()[0]}")
-    return error
 
 
 def _train(config: RunConfig, world: World) -> ExitCode:

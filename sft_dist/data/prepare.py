@@ -53,8 +53,7 @@ def prepare(sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfi
 
     Raises DataError for broken files, for bad records when data.on_bad_record is `error`, and when nothing is left.
     """
-    for source in sources:
-        formats.check_source(source)
+    formats.check_sources(sources)
     renderer = load_renderer(model, data)
     fingerprints = [
         {

@@ -22,7 +22,7 @@ from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError
 from sft_dist.model import loading, zero
 from sft_dist.model.batch import Batch
-from sft_dist.model.logprobs import TokenLogprobs
+from sft_dist.model.logprobs import ONLY_LOGPROBS, TokenLogprobs, TokenValues, Wanted
 
 # Keys of a DeepSpeed file that belong to the run file, and their home there.
 _DECIDED_BY_RUN_FILE = {
@@ -113,8 +113,11 @@ class Engine:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """float32 [num_targets] of this rank's batch, on the device."""
-        result: Tensor = self._engine(batch.to(self.device))
-        return result
+        return self.token_values(batch, ONLY_LOGPROBS).logprob
+
+    def token_values(self, batch: Batch, wanted: Wanted) -> TokenValues:
+        """The log-probs of this rank's batch and what else is wanted of each target, on the device."""
+        return TokenValues.of(self._engine(batch.to(self.device), wanted), wanted)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradient of `loss`, summed over ranks and over the backwards since the last step.
@@ -230,7 +233,7 @@ def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None
     if layers:
         # One gather per decoder layer instead of one per small module inside it.
         set_z3_leaf_modules(model, list(dict.fromkeys(layers)))
-    wrapped = TokenLogprobs(model)
+    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
     if weights is not None:
         zero.assign(model, stored_parameters(weights))
     return wrapped
