@@ -9,7 +9,7 @@ conversation takes several texts, and each message is owned by one of them.
 import json
 import os.path
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from sft_dist.data.renderer import Renderer
 # Stand-ins for control-token text inside messages while the template runs: the private-use planes 15 and 16.
 _STAND_IN_BASES = (0xF0000, 0x100000)
 _STAND_INS_PER_BASE = 0xFFFE
+_NO_MARK = chr(_STAND_IN_BASES[1] + _STAND_INS_PER_BASE - 1)  # a character that no mark has
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,51 @@ def lay_out(renderer: Renderer, conversation: Conversation) -> list[Layout]:
     for character in stand_ins:
         if any(json.dumps(character)[1:-1] in layout.text for layout in layouts):
             raise RecordError("control text", f"the template escapes {stand_ins[character]!r} beyond recognition")
+    if stand_ins:
+        _check_control_text_is_only_text(renderer, conversation, layouts)
+    _check_nothing_joins(renderer, escaped, layouts)
     return layouts
+
+
+def as_written(layout: Layout, text: str) -> str:
+    """A part of a layout's text with what the stand-ins stand for."""
+    for character, written in layout.stand_ins.items():
+        text = text.replace(character, written)
+    return text
+
+
+def _check_control_text_is_only_text(renderer: Renderer, conversation: Conversation, layouts: Sequence[Layout]) -> None:
+    """The template must not read what someone wrote: the same text must come out without stand-ins, as at inference."""
+    work = _Renders(renderer, conversation)
+    for layout in layouts:
+        shown, rendered = as_written(layout, layout.text), work.upto(len(layout.starts) - 1)
+        if shown != rendered:
+            at = common_length(shown, rendered)
+            raise RecordError(
+                "control text", f"the template takes what a message says for its own syntax: …{_short(shown[max(at - 20, 0) :])}"
+            )
+
+
+def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Sequence[Layout]) -> None:
+    """No text of a message may make a mark together with its surroundings, as `/s` does between `<` and `>`."""
+    mark = renderer.mark_pattern
+    if mark is None:
+        return
+
+    def without_parts(text: str) -> str:
+        body = text.strip()
+        if not renderer.may_join(body):
+            return text
+        return text.replace(body, f"{_NO_MARK}{body[1:-1]}{_NO_MARK}" if len(body) > 1 else _NO_MARK, 1)
+
+    twin = _mapped(escaped, without_parts, without_parts)
+    if twin == escaped:
+        return
+    work = _Renders(renderer, twin)
+    for layout in layouts:
+        demanded = mark.findall(work.upto(len(layout.starts) - 1))
+        if mark.findall(layout.text) != demanded:
+            raise RecordError("control text", "what a message says becomes a control token between the template's words")
 
 
 def escape_text(renderer: Renderer, text: str) -> tuple[str, dict[str, str]]:
@@ -147,7 +192,8 @@ def _layout(
             start = answer.start - len(header)  # saves a render
         else:
             start = _boundary(work, text, number, is_owned=number >= first_owned)
-        starts.append(max(starts[-1], start))
+        before = answers.get(number - 1)
+        starts.append(max(starts[-1], start, before.end if before else 0))
     starts.append(len(text))
     contents = {}
     for number in range(first_owned, end):
@@ -301,37 +347,47 @@ def _without_control_text(renderer: Renderer, conversation: Conversation) -> tup
         return conversation, {}
     everywhere = _pattern_of(stand_in_of)
     control = [text for text in stand_in_of if text in renderer.control_texts]
-    in_answers = _pattern_of(control) if control else None
+    in_answers = _pattern_of(control) if control else re.compile("(?!)")
+    escaped = _mapped(
+        conversation,
+        lambda text: in_answers.sub(lambda match: stand_in_of[match.group()], text),
+        lambda text: everywhere.sub(lambda match: stand_in_of[match.group()], text),
+    )
+    return escaped, {character: text for text, character in stand_in_of.items()}
 
-    def escape(value: Any, pattern: re.Pattern[str] | None) -> Any:
-        if pattern is None or value is None or isinstance(value, (bool, int, float)):
-            return value
+
+def _mapped(
+    conversation: Conversation, of_answers: Callable[[str], str], of_others: Callable[[str], str]
+) -> Conversation:
+    """A conversation with every text changed."""
+
+    def mapped(value: Any, change: Callable[[str], str]) -> Any:
         if isinstance(value, str):
-            return pattern.sub(lambda match: stand_in_of[match.group()], value)
+            return change(value)
         if isinstance(value, dict):
-            return {escape(key, pattern): escape(item, pattern) for key, item in value.items()}
-        return type(value)(escape(item, pattern) for item in value)
+            return {mapped(key, change): mapped(item, change) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(mapped(item, change) for item in value)
+        return value
 
     messages = []
     for message in conversation.messages:
-        pattern = in_answers if message.role == "assistant" else everywhere
+        change = of_answers if message.role == "assistant" else of_others
         calls = tuple(
-            ToolCall(escape(call.name, pattern), escape(call.arguments, pattern), escape(call.id, pattern))
+            ToolCall(change(call.name), mapped(call.arguments, change), mapped(call.id, change))
             for call in message.tool_calls
         )
         messages.append(
             replace(
                 message,
-                content=escape(message.content, pattern),
-                reasoning=escape(message.reasoning, pattern),
+                content=mapped(message.content, change),
+                reasoning=mapped(message.reasoning, change),
                 tool_calls=calls,
-                name=escape(message.name, pattern),
-                tool_call_id=escape(message.tool_call_id, pattern),
+                name=mapped(message.name, change),
+                tool_call_id=mapped(message.tool_call_id, change),
             )
         )
-    tools = escape(conversation.tools, everywhere)
-    escaped = replace(conversation, messages=tuple(messages), tools=tools)
-    return escaped, {character: text for text, character in stand_in_of.items()}
+    return replace(conversation, messages=tuple(messages), tools=mapped(conversation.tools, of_others))
 
 
 def _stand_ins(renderer: Renderer, written: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 import re
+import string
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,8 +24,14 @@ from sft_dist.errors import ConfigError
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 
 # Templates ask for today with strftime_now("%d %b %Y"): a macro of that name answers with data.date instead.
-_ASKS_FOR_TODAY = re.compile(r"strftime_now\s*\(\s*(?:'([^']*)'|\"([^\"]*)\")\s*\)")
-_TODAY_MACRO = "{% macro strftime_now(format) %}{{ sft_dist_today[format] }}{% endmacro %}{{ '' }}"
+_TODAY_MACRO = (
+    "{% macro strftime_now(format) %}{% set state = namespace(directive='') %}{% for letter in format %}"
+    "{% if state.directive %}{% set state.directive = state.directive + letter %}"
+    "{% if letter not in '-_0^#' %}{{ sft_dist_today[state.directive] }}{% set state.directive = '' %}{% endif %}"
+    "{% elif letter == '%' %}{% set state.directive = '%' %}{% else %}{{ letter }}{% endif %}"
+    "{% endfor %}{% endmacro %}{{ '' }}"
+)
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in (*string.ascii_letters, "%")]
 
 _PROBE_TOOL = {
     "type": "function",
@@ -57,12 +64,11 @@ class Renderer:
         self.markup_texts = tuple(sorted({token.content for i, token in added.items() if i not in self.control_ids}))
         self._date = date or DataConfig().date
         self._kwargs = dict(template_kwargs or {})
-        formats = [single or double for single, double in _ASKS_FOR_TODAY.findall(template or "")]
-        self.asks_for_today = bool(formats)
+        self.asks_for_today = "strftime_now" in (template or "")
         self._source = template
         if self.asks_for_today:
             self._source = f"{_TODAY_MACRO}{template}"
-            self._kwargs["sft_dist_today"] = {format_: self._date.strftime(format_) for format_ in formats}
+            self._kwargs["sft_dist_today"] = {directive: self._date.strftime(directive) for directive in _DIRECTIVES}
 
     def __getstate__(self) -> dict[str, Any]:
         """What was derived stays at home: it is quicker made anew than sent to another process."""
@@ -102,6 +108,35 @@ class Renderer:
     @cached_property
     def control_pattern(self) -> re.Pattern[str] | None:
         return _any_of(self.control_texts)
+
+    @cached_property
+    def mark_pattern(self) -> re.Pattern[str] | None:
+        """Texts of control and markup tokens."""
+        return _any_of((*self.control_texts, *self.markup_texts))
+
+    def may_join(self, text: str) -> bool:
+        """Whether a text can be part of a mark: it ends in the beginning of one, or begins with the end, or is inside."""
+        beginnings, ends, longest = self._parts_of_marks
+        if not text or not longest:
+            return False
+        # The sets are a quick test: most texts hold none of these characters near their edges.
+        return (
+            (not self._edges_of_marks[0].isdisjoint(text[-longest:]) and text.endswith(beginnings))
+            or (not self._edges_of_marks[1].isdisjoint(text[:longest]) and text.startswith(ends))
+            or (len(text) < longest and text in "\0".join(self.control_texts + self.markup_texts))
+        )
+
+    @cached_property
+    def _parts_of_marks(self) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+        marks = self.control_texts + self.markup_texts
+        beginnings = {mark[:end] for mark in marks for end in range(1, len(mark))}
+        ends = {mark[start:] for mark in marks for start in range(1, len(mark))}
+        return tuple(beginnings), tuple(ends), max(map(len, marks), default=0)
+
+    @cached_property
+    def _edges_of_marks(self) -> tuple[frozenset[str], frozenset[str]]:
+        marks = [mark for mark in self.control_texts + self.markup_texts if mark]
+        return frozenset(mark[0] for mark in marks), frozenset(mark[-1] for mark in marks)
 
     def marks_in(self, text: str) -> list[str]:
         """Texts of control and markup tokens that occur in a text."""
@@ -161,6 +196,22 @@ class Renderer:
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         before, after = whole[:at], whole[at + len(bare) :]
         return before, after if self.tokenizer.eos_token_id in after else [*after, self.tokenizer.eos_token_id]
+
+    @cached_property
+    def section_start(self) -> re.Pattern[str] | None:
+        """The added token before every section that gets a space at its start (Llama 2, T5); None: none does."""
+        mark, backend = self.tokenizer.eos_token, self.tokenizer.backend_tokenizer
+        if mark is None or self.mark_pattern is None:
+            return None
+        shown = [
+            backend.decode(backend.encode(mark + text, add_special_tokens=False).ids, skip_special_tokens=False)
+            for text in ("x", " x")
+        ]
+        if shown[0] != f"{mark} x":
+            return None
+        unless_space = "" if shown[1] == f"{mark}  x" else "(?! )"
+        added = self.mark_pattern.pattern
+        return re.compile(f"(?:{added})(?!{added}|\\Z){unless_space}")
 
     @cached_property
     def swallowed(self) -> re.Pattern[str] | None:

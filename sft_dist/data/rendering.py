@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.data.conversation import Conversation, Record, RecordError, Text, Tokens, digest
-from sft_dist.data.layout import Answer, Layout, common_length, escape_text, lay_out
+from sft_dist.data.layout import Answer, Layout, as_written, common_length, escape_text, lay_out
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
 
@@ -73,19 +73,19 @@ class _Tokens:
     in_bytes: bool
 
     def position(self, layout: Layout, character: int) -> int:
-        return len(_as_written(layout, layout.text[:character]).encode()) if self.in_bytes else character
+        return len(as_written(layout, layout.text[:character]).encode()) if self.in_bytes else character
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     begin: int  # character
     text: str
-    kind: str  # "first", "middle" or "stand-in"
+    kind: str  # "sections", "middle" or "stand-in"
 
 
 def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | RecordError]:
     """Encode all layouts; their pieces go to the tokenizer in one batch."""
-    pieces = [_pieces(layout) for layout in layouts]
+    pieces = [_pieces(renderer, layout) for layout in layouts]
     lengths = renderer.byte_lengths
     encoded = {
         kind: iter(_encode_batch(backend, [p.text for group in pieces for p in group if p.kind == kind], lengths))
@@ -112,7 +112,7 @@ def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | Rec
 
 
 def _backends(renderer: Renderer) -> dict[str, Any]:
-    return {"first": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
+    return {"sections": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
 
 
 def _encode_batch(backend: Any, texts: list[str], lengths: NDArray[np.int32] | None) -> Any:
@@ -126,7 +126,7 @@ def _in_bytes(
 ) -> _Tokens:
     ids = np.array([i for part in parts for i in (part if isinstance(part, tuple) else part.ids)], np.int32)
     ends = np.cumsum(lengths[ids], dtype=np.int64)
-    if (ends[-1] if len(ends) else 0) != len(_as_written(layout, layout.text).encode()):
+    if (ends[-1] if len(ends) else 0) != len(as_written(layout, layout.text).encode()):
         # White space was swallowed or text was normalised: only the tokenizer knows what came from where.
         backends = _backends(renderer)
         parts = [
@@ -151,8 +151,12 @@ def _in_characters(group: Sequence[_Piece], parts: Sequence[Any]) -> _Tokens:
     return _Tokens(np.array(ids, np.int32), edges[:, 0], edges[:, 1], in_bytes=False)
 
 
-def _pieces(layout: Layout) -> list[_Piece]:
-    """Cut the text at the start of every answer and around stand-ins; pieces are encoded on their own."""
+def _pieces(renderer: Renderer, layout: Layout) -> list[_Piece]:
+    """Cut the text at the start of every answer and around stand-ins; pieces are encoded on their own.
+
+    A piece in the middle gets no space at its start. What follows its first added token is encoded as at inference,
+    with the space that some tokenizers put before every section.
+    """
     cuts = {0, len(layout.text), *(answer.start for answer in layout.answers.values())}
     if layout.stand_ins:
         for begin, character in enumerate(layout.text):
@@ -161,8 +165,15 @@ def _pieces(layout: Layout) -> list[_Piece]:
     pieces = []
     for begin, end in pairwise(sorted(cuts)):
         text = layout.text[begin:end]
-        kind = "stand-in" if text in layout.stand_ins else "first" if begin == 0 else "middle"
-        pieces.append(_Piece(begin, text, kind))
+        if text in layout.stand_ins:
+            pieces.append(_Piece(begin, text, "stand-in"))
+        elif begin == 0:
+            pieces.append(_Piece(begin, text, "sections"))
+        else:
+            mark = renderer.section_start and renderer.mark_pattern and renderer.mark_pattern.search(text)
+            at = mark.start() if mark else len(text)
+            pieces += [_Piece(begin, text[:at], "middle")] if at else []
+            pieces += [_Piece(begin + at, text[at:], "sections")] if mark else []
     return pieces
 
 
@@ -192,7 +203,7 @@ def _sound(renderer: Renderer, layout: Layout, tokens: _Tokens | RecordError, de
     """The tokens, if they decode to exactly the text. Raises RecordError."""
     if isinstance(tokens, RecordError):
         raise tokens
-    expected = _as_written(layout, layout.text)
+    expected = _as_decoded(renderer, layout)
     if decoded != expected and not _is_same(renderer, decoded, expected):
         raise RecordError("tokenizer changes the text", _difference(expected, decoded))
     bos = renderer.tokenizer.bos_token_id
@@ -201,6 +212,15 @@ def _sound(renderer: Renderer, layout: Layout, tokens: _Tokens | RecordError, de
             "double BOS", f"the rendered text begins with {renderer.tokenizer.bos_token} twice; mend the chat template"
         )
     return tokens
+
+
+def _as_decoded(renderer: Renderer, layout: Layout) -> str:
+    """The text, with the spaces that a tokenizer puts at the start of every section between added tokens."""
+    section = renderer.section_start
+    if section is None:
+        return as_written(layout, layout.text)
+    parts = [p.text if p.kind == "middle" else section.sub(r"\g<0> ", p.text) for p in _pieces(renderer, layout)]
+    return as_written(layout, "".join(parts))
 
 
 def _is_same(renderer: Renderer, decoded: str, expected: str) -> bool:
@@ -212,10 +232,9 @@ def _is_same(renderer: Renderer, decoded: str, expected: str) -> bool:
 
 
 def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, tokens: _Tokens) -> Sample:
+    # Only the start of an answer must be the start of a token; a token across another boundary is the earlier one's.
     positions = [tokens.position(layout, character) for character in layout.starts]
     boundaries = np.searchsorted(tokens.begins, positions).tolist()
-    for number, (token, position) in enumerate(zip(boundaries, positions, strict=True)):
-        _check_boundary(renderer, tokens, token, position, number)
     spans: list[Span] = []
     turn = 0
     for number, message in enumerate(conversation.messages[: len(layout.starts) - 1]):
@@ -224,18 +243,20 @@ def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, toke
         output_start = output_end = end
         if answer := layout.answers.get(number):
             output_start, output_end = _answer_tokens(renderer, layout, tokens, answer, number)
+            assert start <= output_start < output_end <= end, "an answer lies in its message"
         elif content := layout.contents.get(number):
             # All tokens that hold some of it: in other roles than the model's own, tokens may lie across its edges.
             first = int(np.searchsorted(tokens.ends, tokens.position(layout, content[0]), side="right"))
             last = int(np.searchsorted(tokens.begins, tokens.position(layout, content[1])))
-            output_start, output_end = max(first, start), max(first, start, min(last, end))
+            output_start = min(max(first, start), end)
+            output_end = max(output_start, min(last, end))
         spans.append(
             Span(
                 number,
                 message.role,
                 start,
-                min(output_start, end),
-                min(output_end, end),
+                output_start,
+                output_end,
                 end,
                 is_owned=number in layout.answers or number in layout.contents,
                 turn=turn if message.role == "assistant" else 0,
@@ -259,16 +280,12 @@ def _answer_tokens(renderer: Renderer, layout: Layout, tokens: _Tokens, answer: 
     """Tokens of an answer, the stop token last. Raises RecordError where they do not begin and end with it."""
     start, end = tokens.position(layout, answer.start), tokens.position(layout, answer.end)
     first, last = int(np.searchsorted(tokens.begins, start)), int(np.searchsorted(tokens.begins, end))
-    _check_boundary(renderer, tokens, first, start, number)
+    if first and tokens.ends[first - 1] > start and int(tokens.ids[first - 1]) not in renderer.control_ids:
+        # A control token may: it swallows the white space beside it.
+        raise RecordError("turn inside a token", f"message {number + 1}: a token lies across the start of the answer")
     if first >= last or int(tokens.ids[last - 1]) not in renderer.control_ids:
         raise RecordError("no stop token", f"message {number + 1}: the stop token is no token of the tokenizer")
     return first, last
-
-
-def _check_boundary(renderer: Renderer, tokens: _Tokens, token: int, position: int, number: int) -> None:
-    """No token may lie across a boundary, but one: a control token that swallows the white space beside it."""
-    if token and tokens.ends[token - 1] > position and int(tokens.ids[token - 1]) not in renderer.control_ids:
-        raise RecordError("turn inside a token", f"message {number + 1}: a token lies across its boundary")
 
 
 def _text_sample(renderer: Renderer, record: Text, layout: Layout, tokens: _Tokens) -> Sample:
@@ -296,12 +313,6 @@ def _tokens_sample(renderer: Renderer, record: Tokens) -> Sample:
         role, own = ("assistant", turn) if is_answer else ("user", 0)
         spans.append(Span(number, role, start, start, end, end, is_owned=True, turn=own))
     return Sample(record.id, record.index, record.source, record.ids, tuple(spans), turn, record.weight, digest(record))
-
-
-def _as_written(layout: Layout, text: str) -> str:
-    for character, written in layout.stand_ins.items():
-        text = text.replace(character, written)
-    return text
 
 
 def _difference(expected: str, decoded: str) -> str:
