@@ -147,7 +147,15 @@ def _initial_weights(config: RunConfig) -> Path | None:
 
     if config.model.init_from is None:
         return None
-    return checkpoint.find(Path(config.model.init_from), "last").folder
+    found = checkpoint.find(Path(config.model.init_from), "last")
+    before = tuple(found.manifest["config"].get("model.control_tokens") or ())
+    if before != config.model.control_tokens:
+        raise ConfigError(
+            f"model.init_from: {config.model.init_from} was trained with model.control_tokens: {list(before)}, this "
+            f"run file has {list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use "
+            "the same, or export that run and make the export this run's model.path"
+        )
+    return found.folder
 
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import sft_dist
 from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
 from sft_dist.distributed.world import World
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, say
 from sft_dist.model import loading, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.logprobs import ONLY_LOGPROBS, TokenLogprobs, TokenValues, Wanted
@@ -185,7 +185,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, tree, initial)
+    model = _sharded_model(config, world, tree, initial)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
     optimizer = torch.optim.AdamW(
@@ -206,14 +206,14 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None) -> E
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, tree, weights)
+    model = _sharded_model(config, world, tree, weights)
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=tree)
     engine.eval()
     return Engine(engine, world)
 
 
-def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None) -> TokenLogprobs:
+def _sharded_model(config: RunConfig, world: World, tree: dict[str, Any], weights: Path | None) -> TokenLogprobs:
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
     from transformers.integrations import HfDeepSpeedConfig
@@ -223,11 +223,14 @@ def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None
     # later start: https://github.com/pytorch/pytorch/issues/189245. Not building it costs nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
+    added = loading.new_tokens(config.model)
     announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
     model = loading.load_causal_lm(
-        config.model, model_config, dtype=compute_dtype(config.model), max_length=config.data.max_length
+        config.model, model_config, added=added, dtype=compute_dtype(config.model), max_length=config.data.max_length
     )
+    if added is not None and weights is None and world.is_main:
+        say(added.describe(model_config))
     del announced
     layers = [type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     if layers:
