@@ -87,7 +87,7 @@ def _with_group(config: RunConfig, world: World, selection: Selection, plan: Pla
         contract.check_world_size(resumed, world.size)
     if world.is_main:
         rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
-    initial = None if resumed is not None else _initial_weights(config)
+    initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)
     state = checkpoint.TrainState()
     if resumed is not None:
@@ -142,7 +142,8 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
             return checkpoint.read(Path(resume))
 
 
-def _initial_weights(config: RunConfig) -> Path | None:
+def initial_weights(config: RunConfig) -> Path | None:
+    """The checkpoint that model.init_from names. Raises ConfigError where its tokens are not this run's."""
     from sft_dist.train import checkpoint
 
     if config.model.init_from is None:

@@ -133,6 +133,21 @@ class Engine:
         self._engine.step()
         return bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
 
+    def local_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 [n] on the CPU): this rank's part of the gradient that the last backward completed."""
+        from deepspeed.utils import safe_get_local_grad
+
+        for name, parameter in self.causal_lm.named_parameters():
+            shard = safe_get_local_grad(parameter).reshape(-1)
+            # The last ranks' parts are filled up to the size of the others.
+            own = min(max(parameter.ds_numel - self._world.rank * shard.numel(), 0), shard.numel())
+            yield name, shard[:own].float().cpu().clone()
+
+    def clear_gradients(self) -> None:
+        """Forget the backwards since the last step: the next one starts a gradient anew."""
+        # ZeRO-3 keeps gradients in its own partitions, which the first backward after this overwrites.
+        self._engine.optimizer.zero_grad()
+
     def set_lr(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate

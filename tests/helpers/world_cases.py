@@ -80,6 +80,25 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
     }
 
 
+def repeated_gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """The gradient of step 0 once, after forgetting it again, and once more without forgetting; no step is taken."""
+    from deepspeed.utils import safe_get_full_grad
+
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    engine = engines.training_engine(config, world, None)
+    answers: dict[str, Any] = {}
+    for name in ("first", "cleared", "added"):
+        if name == "cleared":
+            engine.clear_gradients()
+        accumulate_gradient(engine, selection, plan, 0, config, world)
+        whole = dict(engine.causal_lm.named_parameters())
+        answers[name] = {key: safe_get_full_grad(parameter).clone() for key, parameter in whole.items()}
+        parts = collectives.gather(dict(engine.local_gradients()))
+        answers[f"{name} in parts"] = {key: torch.cat([part[key] for part in parts]) for key in whole}
+    return answers
+
+
 def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, int, int, float]]:
     """(sample, message, tokens, logprob) of every turn of the data set, packed."""
     from sft_dist.data.plan import distribute
@@ -201,6 +220,7 @@ def heldout(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
 
 CASES = {
     "gradient": gradient,
+    "repeated_gradient": repeated_gradient,
     "scores": scores,
     "parameters": parameters,
     "full_disk": full_disk,
