@@ -87,7 +87,7 @@ def _with_group(config: RunConfig, world: World, selection: Selection, plan: Pla
         contract.check_world_size(resumed, world.size)
     if world.is_main:
         rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
-    initial = None if resumed is not None else _initial_weights(config)
+    initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)
     state = checkpoint.TrainState()
     if resumed is not None:
@@ -142,12 +142,21 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
             return checkpoint.read(Path(resume))
 
 
-def _initial_weights(config: RunConfig) -> Path | None:
+def initial_weights(config: RunConfig) -> Path | None:
+    """The checkpoint that model.init_from names. Raises ConfigError where its tokens are not this run's."""
     from sft_dist.train import checkpoint
 
     if config.model.init_from is None:
         return None
-    return checkpoint.find(Path(config.model.init_from), "last").folder
+    found = checkpoint.find(Path(config.model.init_from), "last")
+    before = tuple(found.manifest["config"].get("model.control_tokens") or ())
+    if before != config.model.control_tokens:
+        raise ConfigError(
+            f"model.init_from: {config.model.init_from} was trained with model.control_tokens: {list(before)}, this "
+            f"run file has {list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use "
+            "the same, or export that run and make the export this run's model.path"
+        )
+    return found.folder
 
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:

@@ -3,7 +3,6 @@
 The oracle (tests/helpers/inference.py) asks transformers what inference would see and never the code under test.
 """
 
-
 import re
 from collections import Counter
 from dataclasses import replace
@@ -11,9 +10,7 @@ from typing import Any
 
 import pytest
 
-
-
-from sft_dist.data.conversation import Conversation, Message, RecordError
+from sft_dist.data.conversation import Conversation, RecordError
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.rendering import render
 from sft_dist.data.sample import Sample, Span

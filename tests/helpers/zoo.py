@@ -106,7 +106,10 @@ class Family:
     def prepends(self) -> bool:
         """Whether the tokenizer puts a space before every section between added tokens."""
         eos = self.tokenizer.eos_token
-        return "▁" in self.tokenizer.convert_ids_to_tokens(self.tokenizer(f"{eos}x", add_special_tokens=False).input_ids)[1]
+        return (
+            "▁"
+            in self.tokenizer.convert_ids_to_tokens(self.tokenizer(f"{eos}x", add_special_tokens=False).input_ids)[1]
+        )
 
     @property
     def name(self) -> str:
@@ -138,7 +141,8 @@ FAMILIES = (
     Family("qwen3", "<|im_end|>", _QWEN),
     Family("qwen3", "<|im_end|>", partial(_CHATML, eos="<|im_end|>"), variant="no-nfc"),
     Family(
-        "qwen3", "<|im_end|>",
+        "qwen3",
+        "<|im_end|>",
         partial(_CHATML, eos="<|im_end|>"),
         dict.fromkeys(("reasoning on each turn", "reasoning on the last turn"), CONTRADICTS),
         kwargs={"enable_thinking": False},
@@ -146,7 +150,8 @@ FAMILIES = (
     ),
     Family("llama3", "<|eot_id|>", _LLAMA3, {"two tool calls": ERROR, **_NO_REASONING}),
     Family(
-        "llama3", "<|eot_id|>",
+        "llama3",
+        "<|eot_id|>",
         _LLAMA3,
         {"two tool calls": ERROR, **_NO_REASONING},
         kwargs={"tools_in_user_message": False, "date_string": "1 Jan 2020"},
@@ -170,7 +175,9 @@ FAMILIES = (
     Family("generation_marks", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
     Family("no_system", "<|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), {**_CHAT_ONLY, "system": ERROR}),
     Family("strips", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("rewrites", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY),
+    Family(
+        "rewrites", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY
+    ),
     Family("dated", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
     Family("two_stops", "<|im_end|><|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
     Family("phi4", "<|im_end|>", partial(_CHATML, eos="<|endoftext|>"), _CHAT_ONLY, variant="stop-is-not-eos"),
@@ -187,7 +194,8 @@ FAMILIES = (
     Family("drops_system", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), {**_CHAT_ONLY, "system": DROPS}),
     Family("bos_once", "<|im_end|>", partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"), _CHAT_ONLY),
     Family(
-        "bos_twice", "<|im_end|>",
+        "bos_twice",
+        "<|im_end|>",
         partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"),
         dict.fromkeys(_EVERYTHING, "double BOS") | _CHAT_ONLY,
     ),
@@ -300,7 +308,9 @@ def hostile(family: Family) -> dict[str, Conversation]:
         "empty system message": chat("Hi", "Yes?", system=""),
         "two users in a row": conversation(user("One."), user("Two."), assistant("Three.")),
         "two assistants in a row": conversation(user("One."), assistant("Two."), assistant("Three."), user("x")),
-        "system in the middle": conversation(user("a"), assistant("b"), Message("system", "c"), user("d"), assistant("e")),
+        "system in the middle": conversation(
+            user("a"), assistant("b"), Message("system", "c"), user("d"), assistant("e")
+        ),
         "assistant first": conversation(assistant("Hello!"), user("Hi"), assistant("How are you?")),
         "ends with a question": chat("Hello", "Hi", "And?"),
         "developer": conversation(Message("developer", "Be brief."), user("Hi"), assistant("Hi.")),
