@@ -97,7 +97,8 @@ def _check_control_text_is_only_text(renderer: Renderer, conversation: Conversat
         if shown != rendered:
             at = common_length(shown, rendered)
             raise RecordError(
-                "control text", f"the template takes what a message says for its own syntax: …{_short(shown[max(at - 20, 0) :])}"
+                "control text",
+                f"the template takes what a message says for its own syntax: …{_short(shown[max(at - 20, 0) :])}",
             )
 
 
@@ -120,7 +121,9 @@ def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Seq
     for layout in layouts:
         demanded = mark.findall(work.upto(len(layout.starts) - 1))
         if mark.findall(layout.text) != demanded:
-            raise RecordError("control text", "what a message says becomes a control token between the template's words")
+            raise RecordError(
+                "control text", "what a message says becomes a control token between the template's words"
+            )
 
 
 def escape_text(renderer: Renderer, text: str) -> tuple[str, dict[str, str]]:

@@ -7,6 +7,8 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 from sft_dist.data.conversation import Conversation, Message, ToolCall
 from tests.helpers.tokenizers import byte_level, sentencepiece, unigram
 
@@ -106,7 +108,10 @@ class Family:
     def prepends(self) -> bool:
         """Whether the tokenizer puts a space before every section between added tokens."""
         eos = self.tokenizer.eos_token
-        return "▁" in self.tokenizer.convert_ids_to_tokens(self.tokenizer(f"{eos}x", add_special_tokens=False).input_ids)[1]
+        return (
+            "▁"
+            in self.tokenizer.convert_ids_to_tokens(self.tokenizer(f"{eos}x", add_special_tokens=False).input_ids)[1]
+        )
 
     @property
     def name(self) -> str:
@@ -138,7 +143,8 @@ FAMILIES = (
     Family("qwen3", "<|im_end|>", _QWEN),
     Family("qwen3", "<|im_end|>", partial(_CHATML, eos="<|im_end|>"), variant="no-nfc"),
     Family(
-        "qwen3", "<|im_end|>",
+        "qwen3",
+        "<|im_end|>",
         partial(_CHATML, eos="<|im_end|>"),
         dict.fromkeys(("reasoning on each turn", "reasoning on the last turn"), CONTRADICTS),
         kwargs={"enable_thinking": False},
@@ -146,7 +152,8 @@ FAMILIES = (
     ),
     Family("llama3", "<|eot_id|>", _LLAMA3, {"two tool calls": ERROR, **_NO_REASONING}),
     Family(
-        "llama3", "<|eot_id|>",
+        "llama3",
+        "<|eot_id|>",
         _LLAMA3,
         {"two tool calls": ERROR, **_NO_REASONING},
         kwargs={"tools_in_user_message": False, "date_string": "1 Jan 2020"},
@@ -170,7 +177,9 @@ FAMILIES = (
     Family("generation_marks", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
     Family("no_system", "<|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), {**_CHAT_ONLY, "system": ERROR}),
     Family("strips", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("rewrites", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY),
+    Family(
+        "rewrites", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY
+    ),
     Family("dated", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
     Family("two_stops", "<|im_end|><|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
     Family("phi4", "<|im_end|>", partial(_CHATML, eos="<|endoftext|>"), _CHAT_ONLY, variant="stop-is-not-eos"),
@@ -187,7 +196,8 @@ FAMILIES = (
     Family("drops_system", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), {**_CHAT_ONLY, "system": DROPS}),
     Family("bos_once", "<|im_end|>", partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"), _CHAT_ONLY),
     Family(
-        "bos_twice", "<|im_end|>",
+        "bos_twice",
+        "<|im_end|>",
         partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"),
         dict.fromkeys(_EVERYTHING, "double BOS") | _CHAT_ONLY,
     ),
@@ -300,7 +310,9 @@ def hostile(family: Family) -> dict[str, Conversation]:
         "empty system message": chat("Hi", "Yes?", system=""),
         "two users in a row": conversation(user("One."), user("Two."), assistant("Three.")),
         "two assistants in a row": conversation(user("One."), assistant("Two."), assistant("Three."), user("x")),
-        "system in the middle": conversation(user("a"), assistant("b"), Message("system", "c"), user("d"), assistant("e")),
+        "system in the middle": conversation(
+            user("a"), assistant("b"), Message("system", "c"), user("d"), assistant("e")
+        ),
         "assistant first": conversation(assistant("Hello!"), user("Hi"), assistant("How are you?")),
         "ends with a question": chat("Hello", "Hi", "And?"),
         "developer": conversation(Message("developer", "Be brief."), user("Hi"), assistant("Hi.")),
@@ -340,6 +352,40 @@ def hostile(family: Family) -> dict[str, Conversation]:
             "markup in arguments": _calls(text, {"city": text}),
         }
     return found
+
+
+def texts(family: Family) -> st.SearchStrategy[str]:
+    """Any Unicode text, mixed with what the tokenizer and the template of a family might take for their own."""
+    added = list(family.tokenizer.added_tokens_encoder)
+    own = st.sampled_from(
+        [*added, *(token[:-1] for token in added), *(token[1:] for token in added), "assistant", "user", "<", ">", "/s"]
+    )
+    odd = st.sampled_from(
+        ["\n", "\n\n\n", " ", "   ", "\r\n", "\t", "\x00", "\ufeff", "e\u0301", "👩‍👩‍👧", "日本", "\U000f0000"]
+    )
+    words = st.sampled_from(["Hello", "Paris", "a", "It rains.", "w1w", "12:00", '{"a": "b"}', "\\n"])
+    anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    return st.lists(own | odd | words | anything, max_size=5).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, family: Family) -> Conversation:
+    """Conversations of any shape that the formats let through: answers say something, other contents are not null."""
+    text = texts(family)
+    said = text.filter(lambda content: bool(content.strip()))
+    thought = st.none() | said
+    messages = draw(st.lists(st.builds(Message, st.sampled_from(["system", "developer"]), text), max_size=1))
+    tools: tuple[dict[str, Any], ...] = ()
+    for _ in range(draw(st.integers(1, 3))):
+        if draw(st.integers(0, 9)):
+            messages.append(user(draw(text)))
+        if draw(st.integers(0, 3)) == 0:
+            tools = (schema("get_weather", draw(said), city={"type": "string", "enum": [draw(text)]}),)
+            values = text | st.none() | st.booleans() | st.integers() | st.lists(text, max_size=2)
+            call = replace(CALL, arguments=draw(st.dictionaries(said, values, max_size=2)))
+            messages += [assistant(draw(st.none() | text), call, reasoning=draw(thought)), result(draw(text), call)]
+        messages.append(assistant(draw(said), reasoning=draw(thought)))
+    return conversation(*messages, tools=tools)
 
 
 def _calls(content: str, arguments: dict[str, Any]) -> Conversation:
