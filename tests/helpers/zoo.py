@@ -7,6 +7,8 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 from sft_dist.data.conversation import Conversation, Message, ToolCall
 from tests.helpers.tokenizers import byte_level, sentencepiece, unigram
 
@@ -350,6 +352,40 @@ def hostile(family: Family) -> dict[str, Conversation]:
             "markup in arguments": _calls(text, {"city": text}),
         }
     return found
+
+
+def texts(family: Family) -> st.SearchStrategy[str]:
+    """Any Unicode text, mixed with what the tokenizer and the template of a family might take for their own."""
+    added = list(family.tokenizer.added_tokens_encoder)
+    own = st.sampled_from(
+        [*added, *(token[:-1] for token in added), *(token[1:] for token in added), "assistant", "user", "<", ">", "/s"]
+    )
+    odd = st.sampled_from(
+        ["\n", "\n\n\n", " ", "   ", "\r\n", "\t", "\x00", "\ufeff", "e\u0301", "👩‍👩‍👧", "日本", "\U000f0000"]
+    )
+    words = st.sampled_from(["Hello", "Paris", "a", "It rains.", "w1w", "12:00", '{"a": "b"}', "\\n"])
+    anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    return st.lists(own | odd | words | anything, max_size=5).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, family: Family) -> Conversation:
+    """Conversations of any shape that the formats let through: answers say something, other contents are not null."""
+    text = texts(family)
+    said = text.filter(lambda content: bool(content.strip()))
+    thought = st.none() | said
+    messages = draw(st.lists(st.builds(Message, st.sampled_from(["system", "developer"]), text), max_size=1))
+    tools: tuple[dict[str, Any], ...] = ()
+    for _ in range(draw(st.integers(1, 3))):
+        if draw(st.integers(0, 9)):
+            messages.append(user(draw(text)))
+        if draw(st.integers(0, 3)) == 0:
+            tools = (schema("get_weather", draw(said), city={"type": "string", "enum": [draw(text)]}),)
+            values = text | st.none() | st.booleans() | st.integers() | st.lists(text, max_size=2)
+            call = replace(CALL, arguments=draw(st.dictionaries(said, values, max_size=2)))
+            messages += [assistant(draw(st.none() | text), call, reasoning=draw(thought)), result(draw(text), call)]
+        messages.append(assistant(draw(said), reasoning=draw(thought)))
+    return conversation(*messages, tools=tools)
 
 
 def _calls(content: str, arguments: dict[str, Any]) -> Conversation:
