@@ -79,7 +79,7 @@ def test_what_is_right_passes(folder: Path, tmp_path: Path, ranks: int, model: d
     ],
 )
 def test_every_fault_fails_its_lines_and_no_other(folder: Path, tmp_path: Path, fault: str, lines: set[str]) -> None:
-    arguments = ["verify", str(run_file(folder)), "--num", "6", f"data.cache_dir={tmp_path}"]
+    arguments = ["verify", str(run_file(folder)), f"data.cache_dir={tmp_path}", "--num", "6"]
     (done,) = run_ranks(1, ["-m", "tests.helpers.broken_verify", fault, *arguments])
     assert done.returncode == 78, done.stdout
     found = verdicts(done)
