@@ -88,7 +88,7 @@ def test_drawn_conversations_are_refused_for_a_reason_or_exactly_right(family: F
 
 @pytest.mark.slow
 @families
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_many_drawn_conversations_are_refused_for_a_reason_or_exactly_right(
     family: Family, data: st.DataObject
@@ -125,8 +125,8 @@ def test_a_template_with_generation_marks_agrees_on_what_is_trained() -> None:
             "qwen3-no-nfc",
             "reasoning on each turn",
             [
-                "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[<think>\nTwo and two are four.\n</think>\n\n"
-                "Four.<|im_end|>]\n",
+                "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[<think>\nTwo and two are four.\n</think>"
+                "\n\nFour.<|im_end|>]\n",
                 "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n"
                 "<|im_start|>user\nAnd 3 more?<|im_end|>\n<|im_start|>assistant\n[<think>\nFour and three are seven."
                 "\n</think>\n\nSeven.<|im_end|>]\n",
@@ -167,7 +167,8 @@ def test_a_template_with_generation_marks_agrees_on_what_is_trained() -> None:
             "deepseek_v31",
             "plain",
             [
-                "<｜begin▁of▁sentence｜><｜User｜>Hello there<｜Assistant｜></think>[Hello! How are you?<｜end▁of▁sentence｜>]"
+                "<｜begin▁of▁sentence｜><｜User｜>Hello there<｜Assistant｜></think>"
+                "[Hello! How are you?<｜end▁of▁sentence｜>]"
                 "<｜User｜>Fine. And the weather?<｜Assistant｜></think>[It rains.<｜end▁of▁sentence｜>]",
             ],
         ),
@@ -189,8 +190,9 @@ def test_harmony_ends_the_last_answer_otherwise_than_the_history() -> None:
     assert first == "<|message|>2 + 2?<|end|><|start|>assistant[<|channel|>final<|message|>Four.<|return|>]"
     assert second == (
         "<|message|>2 + 2?<|end|><|start|>assistant<|channel|>final<|message|>Four.<|end|>"
-        "<|start|>user<|message|>And 3 more?<|end|><|start|>assistant[<|channel|>analysis<|message|>Four and three.<|end|>"
-        "<|start|>assistant<|channel|>final<|message|>Seven.<|return|>]"
+        "<|start|>user<|message|>And 3 more?<|end|><|start|>assistant"
+        "[<|channel|>analysis<|message|>Four and three.<|end|><|start|>assistant"
+        "<|channel|>final<|message|>Seven.<|return|>]"
     )
 
 
@@ -229,8 +231,12 @@ def check_refusal(family: Family, conversation: Conversation, error: RecordError
         want = expected(family, conversation)
         lost = missing(family, conversation)
     except Refused:
-        has_tools = conversation.tools or any(message.tool_calls for message in conversation.messages)
-        assert error.reason == "template error" or (has_tools and error.reason == "template drops a message"), error
+        reasons = {"template error"}
+        if conversation.tools or any(message.tool_calls or message.reasoning for message in conversation.messages):
+            reasons.add("template drops a message")
+        if has_added_text(family, conversation):
+            reasons |= {"private-use text", "control text"}
+        assert error.reason in reasons, error
         return
     match error.reason:
         case "template error":

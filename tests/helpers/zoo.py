@@ -24,6 +24,7 @@ _CHATML = partial(
 )
 _QWEN = partial(_CHATML, nfc=True, eos="<|im_end|>", pad="<|endoftext|>")
 _GPT2 = partial(byte_level, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], THINK)
+_GPT2_CHATML = partial(_GPT2, eos="<|im_end|>")
 _LLAMA3 = partial(
     byte_level,
     ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"],
@@ -174,13 +175,11 @@ FAMILIES = (
     Family("zephyr", "</s>", _T5, _CHAT_ONLY, variant="unigram"),
     Family("command_r", "<|END_OF_TURN_TOKEN|>", _COMMAND_R, _CHAT_ONLY),
     Family("gpt_oss", "<|return|>", _GPT_OSS, {"two tool calls": ERROR}, call_stop="<|call|>"),
-    Family("generation_marks", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("generation_marks", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
     Family("no_system", "<|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), {**_CHAT_ONLY, "system": ERROR}),
-    Family("strips", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family(
-        "rewrites", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY
-    ),
-    Family("dated", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("strips", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
+    Family("rewrites", "<|im_end|>", _GPT2_CHATML, dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY),
+    Family("dated", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
     Family("two_stops", "<|im_end|><|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
     Family("phi4", "<|im_end|>", partial(_CHATML, eos="<|endoftext|>"), _CHAT_ONLY, variant="stop-is-not-eos"),
     Family("no_stop", "", partial(_GPT2, eos="<|endoftext|>"), dict.fromkeys(_EVERYTHING, "no stop token") | _NO_TOOLS),
@@ -192,8 +191,8 @@ FAMILIES = (
         _CHAT_ONLY,
         history_stop="<|im_end|>",
     ),
-    Family("dated_by_variable", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("drops_system", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), {**_CHAT_ONLY, "system": DROPS}),
+    Family("dated_by_variable", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
+    Family("drops_system", "<|im_end|>", _GPT2_CHATML, {**_CHAT_ONLY, "system": DROPS}),
     Family("bos_once", "<|im_end|>", partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"), _CHAT_ONLY),
     Family(
         "bos_twice",
