@@ -17,6 +17,7 @@ from sft_dist.data.prepare import prepare, summarise
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, StorageError
+from sft_dist.preparation import share_of
 
 _SAY_EVERY_S = 2.0
 
@@ -38,7 +39,7 @@ def run(
     if world.is_main:
         _check_writable(output)
     config, weights = _resolve_model(config, model, checkpoint)
-    dataset = prepare(chosen, config.model, config.data)
+    dataset = prepare(chosen, config.model, config.data, share_of(world, env))
     lines = _score(config, world, weights, dataset)
     if world.is_main:
         _write(output, lines)
