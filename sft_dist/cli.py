@@ -76,17 +76,25 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             from sft_dist import training
 
             return training.run(config, os.environ)
+        case "verify":
+            config = _config(options)
+            from sft_dist import verify
+
+            return verify.run(config, os.environ, num=options.num)
         case "score":
             config = _config(options)
-            from sft_dist import score
+            from sft_dist.score import verb as score
 
             return score.run(
                 config,
                 os.environ,
-                model=options.model,
+                names=options.model,
                 checkpoint=options.checkpoint,
-                sources=tuple(options.data),
+                sources=options.data,
                 output=Path(options.output),
+                roles=options.roles,
+                with_tokens=options.tokens,
+                block_items=options.block_items or score.BLOCK_ITEMS,
             )
         case "export":
             from sft_dist import export
@@ -151,10 +159,31 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--id", help="show the conversation with this id")
     inspect.add_argument("--num", type=_positive, default=2, help="how many conversations to show (default 2)")
     _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
-    score = _run_file_verb(verbs, "score", "log-probability of every assistant turn, as JSON Lines in input order")
-    score.add_argument("--model", help="model folder, Hub id or run folder (default: model.path)")
-    score.add_argument("--data", nargs="+", default=[], help="files or Hub ids (default: data.heldout)")
-    score.add_argument("--output", required=True, help="JSON Lines file to write")
+    verify = _run_file_verb(verbs, "verify", "check rendering, packing, turns and layout on this model and data")
+    verify.add_argument("--num", type=_positive, default=8, help="how many conversations to take (default 8)")
+    score = _run_file_verb(verbs, "score", "log-probability of every answer, as JSON Lines in input order; resumable")
+    score.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help="model folder, Hub id or run folder (default: model.path); several times to compare several models",
+    )
+    score.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        help="files or Hub ids (default: data.heldout): conversations, or prompts with candidates",
+    )
+    score.add_argument("--output", required=True, help="JSON Lines file to write; appears when all is scored")
+    score.add_argument("--tokens", action="store_true", help="also ids, texts and log-probabilities of single tokens")
+    score.add_argument(
+        "--roles",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="ROLE,...",
+        help="whose messages to score: system, developer, user, assistant, tool, text (default: assistant,text)",
+    )
+    score.add_argument("--block-items", type=_positive, help=argparse.SUPPRESS)
     _checkpoint_option(score)
     export = verbs.add_parser("export", help="write a checkpoint as safetensors that plain transformers loads")
     export.add_argument("run_dir", metavar="RUN_DIR")

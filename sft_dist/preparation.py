@@ -85,13 +85,16 @@ def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Pl
 
 
 def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
-    """The held-out data, under the same policies. Raises DataError when none of it fits."""
+    """The held-out data, under the same policies. Raises DataError when nothing of it can be scored."""
     if not config.data.heldout:
         return None
     selection = Selection(prepare(config.data.heldout, config.model, config.data, share), policy(config))
     _refuse_overflow(selection, config)
-    if not len(selection):
-        raise DataError(f"data.heldout: no sample fits into data.max_length ({config.data.max_length:,})")
+    if not selection.num_targets.any():
+        raise DataError(
+            f"data.heldout: no sample has a target token (objective.train_on: {config.objective.train_on}) and fits "
+            f"into data.max_length ({config.data.max_length:,})"
+        )
     return selection
 
 
@@ -113,9 +116,7 @@ def describe(dataset: PreparedDataset, config: RunConfig) -> str:
         f"  packs          {len(packs):,} of {config.data.max_length:,} tokens, fill {fill:.1%}",
     ]
     if manifest["num_split"]:
-        lines.append(
-            f"  split          {manifest['num_split']:,} conversations in several samples: history is rewritten"
-        )
+        lines.append(f"  split          {manifest['num_split']:,} conversations lie in several samples each")
     if manifest["num_duplicates"]:
         what = "left out" if config.data.deduplicate else "kept; data.deduplicate leaves them out"
         lines.append(f"  duplicates     {manifest['num_duplicates']:,} conversations are exact repetitions ({what})")

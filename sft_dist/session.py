@@ -1,13 +1,14 @@
 """Opening and closing the process group of a verb: device, threads, backend."""
 
 import os
+import re
 from collections.abc import Callable
 
 import torch
 
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, start
-from sft_dist.errors import say
+from sft_dist.errors import ClusterError, say
 from sft_dist.model.engine import set_environment
 
 
@@ -41,3 +42,11 @@ def print_from_main(world: World) -> Callable[[str], None]:
             say(line)
 
     return say_from_main
+
+
+def for_people(error: BaseException) -> BaseException:
+    """A collective that fails because a peer died is no bug of this rank; everything else stays what it is."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and re.search("(?i)closed by peer|connection reset|broken pipe", text):
+        return ClusterError(f"another rank is gone: {text.splitlines()[0]}")
+    return error

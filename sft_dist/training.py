@@ -1,6 +1,5 @@
 """The verb `train`: from a run file to a tuned model's checkpoints, resuming by itself."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ClusterError, ConfigError, ExitCode, UserError, say
+from sft_dist.errors import ConfigError, ExitCode, UserError, say
 from sft_dist.preparation import heldout_set, say_left_out, share_of, training_set, write_left_out
 
 
@@ -25,7 +24,9 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     try:
         exit_code = _train(config, world, share_of(world, env))
     except BaseException as error:
-        told = _for_people(error)
+        from sft_dist.session import for_people
+
+        told = for_people(error)
         if lock is not None:
             reason = f"{type(told).__name__}: {told}"
             code = told.exit_code if isinstance(told, UserError) else ExitCode.BUG
@@ -37,14 +38,6 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     if lock is not None:
         lock.release()
     return exit_code
-
-
-def _for_people(error: BaseException) -> BaseException:
-    """A collective that fails because a peer died is no bug of this rank; everything else stays what it is."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and re.search("(?i)closed by peer|connection reset|broken pipe", text):
-        return ClusterError(f"another rank is gone: {text.splitlines()[0]}")
-    return error
 
 
 def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
@@ -95,7 +88,7 @@ def _with_group(config: RunConfig, world: World, selection: Selection, plan: Pla
         contract.check_world_size(resumed, world.size)
     if world.is_main:
         rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
-    initial = None if resumed is not None else _initial_weights(config)
+    initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)
     state = checkpoint.TrainState()
     if resumed is not None:
@@ -150,12 +143,21 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
             return checkpoint.read(Path(resume))
 
 
-def _initial_weights(config: RunConfig) -> Path | None:
+def initial_weights(config: RunConfig) -> Path | None:
+    """The checkpoint that model.init_from names. Raises ConfigError where its tokens are not this run's."""
     from sft_dist.train import checkpoint
 
     if config.model.init_from is None:
         return None
-    return checkpoint.find(Path(config.model.init_from), "last").folder
+    found = checkpoint.find(Path(config.model.init_from), "last")
+    before = tuple(found.manifest["config"].get("model.control_tokens") or ())
+    if before != config.model.control_tokens:
+        raise ConfigError(
+            f"model.init_from: {config.model.init_from} was trained with model.control_tokens: {list(before)}, this "
+            f"run file has {list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use "
+            "the same, or export that run and make the export this run's model.path"
+        )
+    return found.folder
 
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:

@@ -12,11 +12,16 @@ from numpy.typing import NDArray
 # Of messages. `text` is the role of the one message that a plain text is.
 ROLES = ("system", "developer", "user", "assistant", "tool", "text")
 
+_LONGEST_DETAIL = 1000
+_DEEPEST = 100
+
 
 class RecordError(Exception):
     """A record that cannot become a trained sample. `reason` is what it is counted by, `detail` what was seen."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        if len(detail) > _LONGEST_DETAIL:
+            detail = detail[: _LONGEST_DETAIL - 100] + " … " + detail[-90:]
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -98,8 +103,32 @@ def _plain(message: Message) -> list[Any]:
 
 
 def check_text(text: str, what: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RecordError("broken text", f"{what} has a lone surrogate, which is no Unicode text")
+    """Raise RecordError for a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecordError("broken text", f"{what} has a lone surrogate, which is no Unicode text") from None
+
+
+def check_json(value: Any, what: str) -> None:
+    """Raise RecordError unless a template can write this tree as JSON: objects, lists, real text, finite numbers."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecordError("broken text", f"{what} has a lone surrogate, which is no Unicode text") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecordError("not JSON", f"{what} cannot be written as JSON: {error}") from None
+    # Templates, digests and pickles recurse: what comes near Python's limit here would pass it there.
+    if text.count("[") + text.count("{") > _DEEPEST and _is_deeper(value, _DEEPEST):
+        raise RecordError("nested too deeply", f"{what}: more than {_DEEPEST} objects and lists in each other")
+
+
+def _is_deeper(value: Any, num_levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+    if items is None:
+        return False
+    return num_levels == 0 or any(_is_deeper(item, num_levels - 1) for item in items)
 
 
 def texts_of(value: Any) -> Iterator[str]:
@@ -115,10 +144,24 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(item)
 
 
+def check_record(record: Record) -> None:
+    """Raise RecordError for a record that nothing can be trained on, or that is no Unicode text."""
+    check_text(record.id, "id")
+    match record:
+        case Conversation():
+            check_conversation(record)
+        case Text(text=text):
+            if not isinstance(text, str) or not text.strip():
+                raise RecordError("no text", "`text` must be text with more than white space in it")
+            check_text(text, "`text`")
+        case Tokens(is_target=is_target):
+            if not is_target[1:].any():
+                raise RecordError("no target", "no token after the first is a target")
+
+
 def check_conversation(conversation: Conversation) -> None:
     """Raise RecordError unless it can be trained on: known roles, real text, an answer that says something."""
-    for text in texts_of(conversation.tools):
-        check_text(text, "tools")
+    check_json(conversation.tools, "tools")
     for number, message in enumerate(conversation.messages, start=1):
         _check_message(message, number)
     if not any(message.role == "assistant" for message in conversation.messages):
@@ -133,8 +176,8 @@ def _check_message(message: Message, number: int) -> None:
     for text in (message.content, message.reasoning, message.name, message.tool_call_id):
         check_text(text or "", f"message {number}")
     for call in message.tool_calls:
-        for text in (call.name, call.id or "", *texts_of(call.arguments)):
-            check_text(text, f"message {number}")
+        check_text(call.name + (call.id or ""), f"message {number}")
+        check_json(call.arguments, f"message {number}: arguments of {call.name!r}")
     if message.role == "assistant":
         if not (message.content or "").strip() and not message.tool_calls:
             raise RecordError("empty answer", f"message {number} is an assistant turn without text")

@@ -1,36 +1,37 @@
-"""From files of many kinds to conversations: which reader for which path, and which record shape means what.
+"""From sources to records: which files a source stands for, which format its records have, and one Record per row.
 
-The only module that knows record formats. Faults of a file (missing, not UTF-8, not JSON) are DataErrors with
-file:line:column; faults of one record are RecordErrors, which the caller refuses or raises.
+`SourceReader` runs in one process and gives rows; `to_record` runs in the workers and gives records. Faults of a file
+are DataErrors; faults of one record are RecordErrors, which the caller refuses or raises.
 """
 
-import gzip
 import hashlib
-import json
-import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-from sft_dist.config import SourceConfig
-from sft_dist.data.conversation import Conversation, Message, Record, RecordError, check_conversation, check_text
+from sft_dist.config import RecordFormat, SourceConfig
+from sft_dist.data import readers, records
+from sft_dist.data.conversation import Record, RecordError
+from sft_dist.data.parsing import Payload, parse
 from sft_dist.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:-]+)?")
+# How many records may be of no known format before the source is an error.
+_ROWS_TO_TELL = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record before it is parsed: the bytes of a JSON line, or a ready mapping from other readers."""
+    """One record before it is parsed."""
 
     index: int
     source: str
     path: str
     place: str  # ":417" or "[3]"
-    payload: bytes | dict[str, Any]
+    payload: Payload
+    part: str = ""  # the file, where the source is a pattern
+    format: RecordFormat = "auto"  # auto: told by the record's own fields
 
     @property
     def where(self) -> str:
@@ -39,198 +40,115 @@ class Row:
     @property
     def default_id(self) -> str:
         """Does not depend on the folder, as the identity of the prepared data does not."""
-        return self.source + self.place
+        return "/".join(filter(None, (self.source, self.part))) + self.place
 
 
-def source_fingerprint(source: SourceConfig) -> str:
-    """Identity of a source's content: sha256 of a file's bytes, or the data set fingerprint of a Hub id."""
-    path = source.path
-    if not _is_hub_id(path):
-        digest = hashlib.sha256()
-        try:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        return digest.hexdigest()
-    return str(_hub_dataset(path)._fingerprint)
+# Path, part, place and payload of one record: a row before its format is known.
+_Place: TypeAlias = tuple[str, str, str, Payload]
 
 
-def check_source(source: SourceConfig) -> None:
-    """Raise DataError unless the path is a readable file of a known kind, or has the form of a Hub id."""
-    path = source.path
-    if Path(path).is_dir():
-        raise DataError(f"{path}: is a folder; name its files")
-    if not Path(path).exists():
-        if not _is_hub_id(path):
-            raise DataError(f"{path}: no such file (and not the form of a Hub id, owner/name[:split])")
-    elif not path.endswith(SUFFIXES):
-        raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-    elif Path(path).stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
+class SourceReader:
+    """Iterate once over the rows of a source; `format` is known from the start, `fraction` of it is read so far.
+
+    `first_index` numbers the rows through all sources. Raises DataError for a source that cannot be read or whose
+    format cannot be told.
+    """
+
+    def __init__(self, source: SourceConfig, first_index: int = 0) -> None:
+        self.source = source
+        self.fraction = 0.0
+        self._first_index = first_index
+        payloads = self._payloads()
+        head: list[_Place] = []
+        self.format: RecordFormat = source.format if source.format != "auto" else self._told_by(payloads, head)
+        self._places = chain(head, payloads)
+
+    def __iter__(self) -> Iterator[Row]:
+        name = source_name(self.source)
+        for index, (path, part, place, payload) in enumerate(self._places, start=self._first_index):
+            yield Row(index, name, path, place, payload, part, self.format)
+
+    def _payloads(self) -> Iterator[_Place]:
+        files = readers.expand(self.source.path)
+        sizes = [Path(path).stat().st_size if part else 1 for path, part in files]
+        num_read, total = 0, sum(sizes)
+        for (path, part), size in zip(files, sizes, strict=True):
+            reader = readers.RecordReader(path)
+            for place, payload in reader:
+                self.fraction = (num_read + size * reader.fraction) / total
+                yield path, part, place, payload
+            num_read += size
+        self.fraction = 1.0
+
+    def _told_by(self, payloads: Iterator[_Place], head: list[_Place]) -> RecordFormat:
+        """The format of the first record that has one; what was read for it is put into `head`."""
+        problem = ""
+        for path, part, place, payload in islice(payloads, _ROWS_TO_TELL):
+            head.append((path, part, place, payload))
+            try:
+                return records.format_of(parse(payload, path, place))
+            except RecordError as error:
+                problem = problem or f"{path}{place}: {error}"
+        if not head:
+            raise DataError(f"{self.source.path}: it holds no records")
+        raise DataError(
+            f"{self.source.path}: none of the first {len(head)} record(s) is of a known format "
+            f"({', '.join(records.REQUIRED)}); the first one:\n  {problem}"
+        )
+
+
+def detect_format(source: SourceConfig) -> RecordFormat:
+    """The format given for a source, or that of its first records. Raises DataError as SourceReader does."""
+    return SourceReader(source).format
 
 
 def read_rows(source: SourceConfig, first_index: int = 0) -> Iterator[Row]:
-    """Yield the records of one source in order; `first_index` numbers them through all sources."""
-    check_source(source)
-    name, path = source_name(source), source.path
-    if _is_hub_id(path):
-        records = iter(_hub_dataset(path))
-        rows: Iterator[tuple[str, Any]] = ((f"[{number}]", record) for number, record in enumerate(records))
-    elif path.endswith(".parquet"):
-        rows = _parquet_records(path)
-    elif path.removesuffix(".gz").endswith(".jsonl"):
-        rows = _json_lines(path)
-    else:
-        rows = _json_records(path)
-    for index, (place, payload) in enumerate(rows, start=first_index):
-        yield Row(index, name, path, place, payload)
+    """Yield the rows of one source in order; `first_index` numbers them through all sources."""
+    yield from SourceReader(source, first_index)
 
 
 def to_record(row: Row) -> Record:
-    """Parse and convert one row. Raises DataError for a broken JSON line, RecordError for a wrong record."""
-    record = row.payload
-    if isinstance(record, bytes):
-        record = _parse(record, row.path, first_line=int(row.place.removeprefix(":")))
-    if not isinstance(record, dict):
-        raise RecordError("not a record", f"expected an object with named fields, found {type(record).__name__}")
-    if record.get("messages") is not None:
-        messages = _messages(record["messages"], "messages")
-    elif record.get("prompt") is not None and record.get("completion") is not None:
-        messages = _side(record["prompt"], "prompt", "user") + _side(record["completion"], "completion", "assistant")
-    else:
-        fields = ", ".join(sorted(map(str, record))) or "none"
-        raise RecordError(
-            "unknown format", f"expected `messages`, or `prompt` and `completion`; fields found: {fields}"
+    """Parse and convert one row. Raises RecordError for one that cannot be trained on."""
+    try:
+        fields = parse(row.payload, row.path, row.place)
+        format = records.format_of(fields) if row.format == "auto" else row.format
+        return records.convert(
+            fields, format, index=row.index, source=row.source, where=row.where, default_id=row.default_id
         )
-    if record.get("tools"):
-        raise RecordError("tools", "the record offers tools; tool calls cannot be rendered yet")
-    _refuse_fields(record, ("system", "weight"), "the record")
-    identity = row.default_id if record.get("id") is None else str(record["id"])
-    check_text(identity, "id")
-    conversation = Conversation(
-        id=identity,
-        index=row.index,
-        source=row.source,
-        where=row.where,
-        weight=1.0,
-        messages=messages,
-    )
-    check_conversation(conversation)
-    return conversation
+    except RecursionError:
+        raise RecordError("nested too deeply", "objects and lists lie in each other by the hundreds") from None
 
 
 def source_name(source: SourceConfig) -> str:
-    """Name of a source in statistics: the one given, else the file name without its suffixes, or the Hub id."""
+    """Name of a source in statistics: the one given, else the file name or pattern without suffixes, or the Hub id."""
     if source.name is not None:
         return source.name
-    path = source.path
-    if _is_hub_id(path):
-        return path
-    name = Path(path).name
-    suffix = max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
-    return name.removesuffix(suffix)
+    return source.path if readers.is_hub_id(source.path) else readers.without_suffix(Path(source.path).absolute().name)
 
 
-def _is_hub_id(path: str) -> bool:
-    return not Path(path).exists() and not path.endswith(SUFFIXES) and _HUB_ID.fullmatch(path) is not None
+def source_fingerprint(source: SourceConfig) -> str:
+    """Identity of a source's content: of its bytes; for a pattern also of the names of its files."""
+    files = readers.expand(source.path)
+    if not files[0][1]:
+        return readers.fingerprint(source.path)
+    lines = [f"{part} {readers.fingerprint(path)}" for path, part in files]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _hub_dataset(path: str) -> Any:
-    from datasets import load_dataset
-
-    name, _, split = path.partition(":")
-    try:
-        return load_dataset(name, split=split or "train")
-    except Exception as error:
-        raise DataError(
-            f"{path}: not a file here, and as a Hub id it cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+def check_source(source: SourceConfig) -> None:
+    """Raise DataError unless everything that the path stands for can be read, or has the form of a Hub id."""
+    for path, _ in readers.expand(source.path):
+        readers.check_readable(path)
 
 
-def _parquet_records(path: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        # Streaming reads the file in place; the other way copies it into a cache first.
-        rows = load_dataset("parquet", data_files=[path], split="train", streaming=True)
-        for index, row in enumerate(rows):
-            yield f"[{index}]", row
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
-
-
-def _json_lines(path: str) -> Iterator[tuple[str, bytes]]:
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield f":{number}", line
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
-def _json_records(path: str) -> Iterator[tuple[str, Any]]:
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            raw = file.read().removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    records = _parse(raw, path, first_line=1)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records; a file with one record a line is named .jsonl")
-    for index, record in enumerate(records):
-        yield f"[{index}]", record
-
-
-def _parse(raw: bytes, path: str, first_line: int) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = first_line + raw[: error.start].count(b"\n")
-        column = error.start - (raw[: error.start].rfind(b"\n") + 1) + 1
-        raise DataError(f"{path}:{line}:{column}: not valid UTF-8 (byte 0x{raw[error.start]:02x})") from None
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line}:{error.colno}: not valid JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
-        raise DataError(f"{path}:{first_line}:1: JSON that cannot be read: {error}") from None
-
-
-def _messages(value: Any, field: str) -> tuple[Message, ...]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise RecordError("no messages", f"`{field}` must be a non-empty list, found {_kind(value)}")
-    return tuple(_message(item, field, number) for number, item in enumerate(value, start=1))
-
-
-def _message(item: Any, field: str, number: int) -> Message:
-    if not isinstance(item, dict):
-        raise RecordError("not a message", f"{field} {number} must be an object, found {_kind(item)}")
-    if item.get("tool_calls"):
-        raise RecordError("tools", f"message {number} has tool calls, which cannot be rendered yet")
-    role, content = item.get("role"), item.get("content")
-    _refuse_fields(item, ("reasoning_content", "weight", "train"), f"message {number}")
-    if not isinstance(role, str):
-        raise RecordError("unknown role", f"message {number} has role {role!r}; expected a name such as 'user'")
-    if not isinstance(content, str):
-        raise RecordError("no text", f"message {number} ({role}): content must be text, found {_kind(content)}")
-    return Message(role, content)
-
-
-def _refuse_fields(tree: dict[str, Any], names: tuple[str, ...], what: str) -> None:
-    """Fields that change what is trained must not be dropped in silence."""
-    for name in names:
-        if tree.get(name) is not None:
-            raise RecordError("unsupported field", f"{what} has {name!r}, which is not supported yet")
-
-
-def _side(value: Any, field: str, role: str) -> tuple[Message, ...]:
-    return (Message(role, value),) if isinstance(value, str) else _messages(value, field)
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+def check_sources(sources: Sequence[SourceConfig]) -> None:
+    """`check_source` for each, and no two of one name, by which statistics, weights and repeats are kept."""
+    path_of: dict[str, str] = {}
+    for source in sources:
+        check_source(source)
+        name = source_name(source)
+        if name in path_of:
+            raise DataError(
+                f"{source.path}: its name {name!r} is also that of {path_of[name]}; set `name` for one of the two"
+            )
+        path_of[name] = source.path

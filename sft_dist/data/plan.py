@@ -39,10 +39,11 @@ class Plan:
         self._num_targets = np.asarray(num_targets)
         self._mass = self._num_targets.astype(np.float64) if mass is None else mass
         num = len(self._lengths)
-        self._repeats = np.ones(num) if repeats is None else repeats
+        repeats = np.ones(num) if repeats is None else repeats
         self._conversations = np.arange(num) if conversations is None else conversations
-        self._is_member = (self._num_targets > 0) & (self._mass > 0) & (self._lengths <= max_length)
-        if not (self._is_member & (self._repeats > 0)).any():
+        is_member = (self._num_targets > 0) & (self._mass > 0) & (self._lengths <= max_length)
+        self._repeats = np.where(is_member, repeats, 0.0)
+        if not self._repeats.any():
             raise ValueError("no sample has a target token and fits")
         self._max_length = max_length
         self._seed = seed
@@ -102,9 +103,9 @@ class Plan:
         whole = np.floor(self._repeats)
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch, 1])))
         chance = rng.random(int(self._conversations.max()) + 1)[self._conversations]
-        copies = np.where(self._is_member, whole + (chance < self._repeats - whole), 0).astype(np.int64)
+        copies = (whole + (chance < self._repeats - whole)).astype(np.int64)
         if not copies.any():
-            copies = self._is_member.astype(np.int64)  # a tiny source of which chance took nothing
+            copies = (self._repeats > 0).astype(np.int64)  # of a tiny data set chance took nothing
         return np.repeat(np.arange(len(copies)), copies)
 
 

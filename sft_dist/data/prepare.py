@@ -16,12 +16,11 @@ from functools import partial as bind
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sft_dist.config import DataConfig, ModelConfig, SourceConfig
-from sft_dist.data import formats, store
+from sft_dist.data import formats, readers, store
 from sft_dist.data.conversation import Record, RecordError
 from sft_dist.data.formats import Row
 from sft_dist.data.partial import Counts, Partial, Summary
@@ -72,8 +71,7 @@ def prepare(
     for bad records as data.on_bad_record and data.max_refused say, and when nothing is left; StorageError when
     data.cache_dir cannot be written; ClusterError when processes or files vanish.
     """
-    for source in sources:
-        formats.check_source(source)
+    formats.check_sources(sources)
     renderer = load_renderer(model, data)
     fingerprints = [
         {
@@ -382,7 +380,7 @@ def _all_rows(sources: Sequence[SourceConfig], progress: Progress) -> Iterator[R
     sizes = [_size(source) for source in sources]
     for number, source in enumerate(sources):
         before = index
-        reader = _reader(source, index)
+        reader = formats.SourceReader(source, index)
         for row in reader:
             index = row.index + 1
             read = sum(sizes[:number]) + reader.fraction * sizes[number]
@@ -394,31 +392,11 @@ def _all_rows(sources: Sequence[SourceConfig], progress: Progress) -> Iterator[R
 
 
 def _size(source: SourceConfig) -> int:
-    """Bytes of a file; of what lies elsewhere nothing is known."""
-    path = Path(source.path)
-    return path.stat().st_size if path.is_file() else 1
-
-
-class _Reader:
-    def __init__(self, source: SourceConfig, first_index: int) -> None:
-        self._rows = formats.read_rows(source, first_index)
-        self._size = _size(source) * (4 if source.path.endswith(".gz") else 1)
-        self._read = 0
-
-    @property
-    def fraction(self) -> float:
-        return min(1.0, self._read / self._size)
-
-    def __iter__(self) -> Iterator[Row]:
-        for row in self._rows:
-            self._read += len(row.payload) if isinstance(row.payload, bytes) else 0
-            yield row
-
-
-def _reader(source: SourceConfig, first_index: int) -> Any:
-    return _Reader(source, first_index)
+    """Bytes of the files of a source; of what lies elsewhere nothing is known."""
+    files = [path for path, _ in readers.expand(source.path)]
+    return sum(os.path.getsize(path) if os.path.isfile(path) else 1 for path in files)
 
 
 def _say_formats(sources: Sequence[SourceConfig]) -> None:
     for source in sources:
-        say(f"{source.path}: format {source.format}")
+        say(f"{source.path}: records of format {formats.detect_format(source)}")

@@ -1,12 +1,10 @@
-"""Conversations to token sequences with a verified span for every message.
+"""Records to token sequences with a verified span for every message.
 
-The tokenizer's Jinja template (or the one given) is the only source of text. Boundaries come from renders of
-prefixes of the conversation, never from a search for the answer's text. Two rules give the tokens of inference:
-no token crosses the start of an output, and text that someone wrote never becomes a control token. What cannot be
-verified by decoding is refused by name.
+The tokenizer's Jinja template (or the one given) is the only source of text; data/layout.py says where things lie in
+it. Two rules give the tokens of inference: no token crosses the start of an output, and text that someone wrote never
+becomes a control token. Every sequence must decode to its text; what cannot be verified is refused by name.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,41 +13,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft_dist.data.conversation import Conversation, Record, RecordError, digest
+from sft_dist.data.conversation import Conversation, Record, RecordError, Text, Tokens, digest
+from sft_dist.data.layout import Answer, Layout, as_written, common_length, escape_text, lay_out
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
 
-# Stand-ins for control-token text inside messages while the template runs: the private-use planes 15 and 16.
-_STAND_IN_BASES = (0xF0000, 0x100000)
-_STAND_INS_PER_BASE = 0xFFFE
+Samples = tuple[Sample, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """One conversation as text: where each message starts and where each assistant output starts (characters)."""
-
-    conversation: Conversation
-    text: str  # rendered, with stand-ins
-    stand_ins: dict[str, str]  # stand-in character -> text that someone wrote
-    starts: tuple[int, ...]  # [messages + 1]
-    output_starts: dict[int, int]  # assistant message -> character
-
-
-def render(renderer: Renderer, records: Sequence[Record]) -> list[tuple[Sample, ...] | RecordError]:
+def render(renderer: Renderer, records: Sequence[Record]) -> list[Samples | RecordError]:
     """Render a batch; the answer has one entry per record, in order: its samples, or why it was refused."""
-    layouts = [_attempt(_lay_out, renderer, record) for record in records]
-    good = [layout for layout in layouts if isinstance(layout, _Layout)]
-    tokens = iter(_encode_layouts(renderer, good))
-    results: list[tuple[Sample, ...] | RecordError] = []
-    for layout in layouts:
-        if isinstance(layout, RecordError):
-            results.append(layout)
+    layouts = [_attempt(_layouts, renderer, record) for record in records]
+    flat = [layout for of_record in layouts if not isinstance(of_record, RecordError) for layout in of_record]
+    encoded = _encode(renderer, flat)
+    decoded = iter(_decode(renderer, [tokens.ids for tokens in encoded if isinstance(tokens, _Tokens)]))
+    texts = iter([next(decoded) if isinstance(tokens, _Tokens) else "" for tokens in encoded])
+    tokens_of = iter(encoded)
+    results: list[Samples | RecordError] = []
+    for record, of_record in zip(records, layouts, strict=True):
+        if isinstance(of_record, RecordError):
+            results.append(of_record)
             continue
-        encoded = next(tokens)
-        if isinstance(encoded, RecordError):
-            results.append(encoded)
-        else:
-            results.append(_attempt(_verified_sample, renderer, layout, encoded))
+        mine = [(layout, next(tokens_of), next(texts)) for layout in of_record]
+        results.append(_attempt(_samples, renderer, record, mine))
     return results
 
 
@@ -60,249 +46,276 @@ def _attempt(function: Any, *arguments: Any) -> Any:
         return error
 
 
-def _lay_out(renderer: Renderer, conversation: Conversation) -> _Layout:
-    messages, stand_ins = _without_control_text(renderer, conversation)
-    full = _apply(renderer, messages, generation_prompt=False)
-    starts, output_starts = [0], {}
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            header = _apply(renderer, messages[:number], generation_prompt=True)
-            _check_prefix(full, header, number, "its generation prompt")
-            output_starts[number] = len(header)
-        if number == len(messages) - 1:
-            starts.append(len(full))
-            continue
-        try:
-            prefix = _apply(renderer, messages[: number + 1], generation_prompt=False)
-        except RecordError:
-            # Some templates refuse a lone system message: it then shares the span of the message after it.
-            if message["role"] == "assistant":
-                raise
-            starts.append(starts[-1])
-            continue
-        _check_prefix(full, prefix, number, "the conversation up to it")
-        starts.append(len(prefix))
-    return _Layout(conversation, full, stand_ins, tuple(starts), output_starts)
+def _layouts(renderer: Renderer, record: Record) -> list[Layout]:
+    match record:
+        case Conversation():
+            return lay_out(renderer, record)
+        case Text():
+            return [_text_layout(renderer, record.text)]
+        case Tokens():
+            return []
+        case _:
+            raise AssertionError(record)
 
 
-def _apply(renderer: Renderer, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return renderer.apply(messages, generation_prompt=generation_prompt)
-    except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
-        raise RecordError("template error", f"the chat template refuses it: {error}") from None
-
-
-def _check_prefix(full: str, prefix: str, number: int, what: str) -> None:
-    if not full.startswith(prefix):
-        raise RecordError(
-            "template rewrites history",
-            f"message {number + 1}: the rendering of {what} is not how the whole conversation begins",
-        )
-
-
-def _without_control_text(
-    renderer: Renderer, conversation: Conversation
-) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Replace text that looks like a control token by single stand-in characters.
-
-    Markup tokens (added, not special: <think>, <tool_call>) are part of what a model writes, so they stay
-    tokens in assistant messages and become text in all others.
-    """
-    written = "".join(message.content or "" for message in conversation.messages)
-    texts = renderer.control_texts + renderer.markup_texts
-    found = [text for text in texts if text and text in written]
-    if not found:
-        return [{"role": m.role, "content": m.content or ""} for m in conversation.messages], {}
-    base = next((b for b in _STAND_IN_BASES if not any(b <= ord(c) < b + _STAND_INS_PER_BASE for c in written)), None)
-    if base is None or len(found) > _STAND_INS_PER_BASE:
-        raise RecordError("private-use text", "it has control-token text and characters of both private-use planes")
-    stand_in_of = {text: chr(base + i) for i, text in enumerate(found)}
-    longest_first = sorted(found, key=len, reverse=True)
-    everywhere = re.compile("|".join(map(re.escape, longest_first)))
-    control = [text for text in longest_first if text in renderer.control_texts]
-    in_answers = re.compile("|".join(map(re.escape, control))) if control else None
-    messages = []
-    for message in conversation.messages:
-        pattern = in_answers if message.role == "assistant" else everywhere
-        content = message.content or ""
-        if pattern is not None:
-            content = pattern.sub(lambda match: stand_in_of[match.group()], content)
-        messages.append({"role": message.role, "content": content})
-    return messages, {character: text for text, character in stand_in_of.items()}
+def _text_layout(renderer: Renderer, text: str) -> Layout:
+    escaped, stand_ins = escape_text(renderer, text)
+    return Layout(escaped, (0, len(escaped)), {}, {}, stand_ins)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
+    """Ids, and where each begins and ends in its text, counted in bytes of what was written or in characters."""
+
     ids: NDArray[np.int32]  # [T]
-    begins: NDArray[np.int64]  # [T] first character
-    ends: NDArray[np.int64]  # [T] character after the last
+    begins: NDArray[np.int64]  # [T]
+    ends: NDArray[np.int64]  # [T]
+    in_bytes: bool
+
+    def position(self, layout: Layout, character: int) -> int:
+        return len(as_written(layout, layout.text[:character]).encode()) if self.in_bytes else character
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     begin: int  # character
     text: str
-    kind: str  # "first", "middle" or "stand-in"
+    kind: str  # "sections", "middle" or "stand-in"
 
 
-def _encode_layouts(renderer: Renderer, layouts: Sequence[_Layout]) -> list[_Tokens | RecordError]:
-    pieces = [_pieces(layout) for layout in layouts]
-    backends = {"first": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
+def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | RecordError]:
+    """Encode all layouts; their pieces go to the tokenizer in one batch."""
+    pieces = [_pieces(renderer, layout) for layout in layouts]
+    lengths = renderer.byte_lengths
     encoded = {
-        kind: iter(
-            backend.encode_batch(
-                [piece.text for group in pieces for piece in group if piece.kind == kind], add_special_tokens=False
-            )
-        )
-        for kind, backend in backends.items()
+        kind: iter(_encode_batch(backend, [p.text for group in pieces for p in group if p.kind == kind], lengths))
+        for kind, backend in _backends(renderer).items()
     }
     results: list[_Tokens | RecordError] = []
     for layout, group in zip(layouts, pieces, strict=True):
-        ids: list[int] = []
-        begins: list[int] = []
-        ends: list[int] = []
+        parts = []
         problem = None
         for piece in group:
-            if piece.kind == "stand-in":
-                written = _attempt(_encode_written, renderer, layout.stand_ins[piece.text])
-                if isinstance(written, RecordError):
-                    problem = written
-                    continue
-                ids += written
-                begins += [piece.begin] * len(written)
-                ends += [piece.begin + 1] * len(written)
-            else:
-                encoding = next(encoded[piece.kind])
-                ids += encoding.ids
-                begins += [piece.begin + begin for begin, _ in encoding.offsets]
-                ends += [piece.begin + end for _, end in encoding.offsets]
-        tokens = _Tokens(np.array(ids, np.int32), np.array(begins, np.int64), np.array(ends, np.int64))
-        results.append(tokens if problem is None else problem)
+            if piece.kind != "stand-in":
+                parts.append(next(encoded[piece.kind]))
+                continue
+            written = _attempt(renderer.encode_written, layout.stand_ins[piece.text])
+            problem = written if isinstance(written, RecordError) else problem
+            parts.append(None if isinstance(written, RecordError) else written)
+        if problem is not None:
+            results.append(problem)
+        elif lengths is not None:
+            results.append(_in_bytes(renderer, layout, group, parts, lengths))
+        else:
+            results.append(_in_characters(group, parts))
     return results
 
 
-def _encode_written(renderer: Renderer, text: str) -> list[int]:
-    """Ids of text that looks like a control token, none of which is one."""
-    ids = renderer.plain_backend.encode(text, add_special_tokens=False).ids
-    if not renderer.control_ids.isdisjoint(ids):
-        # Unigram vocabularies hold control tokens as ordinary pieces: letter by letter none can match.
-        ids = [i for letter in text for i in renderer.plain_backend.encode(letter, add_special_tokens=False).ids]
-    if not renderer.control_ids.isdisjoint(ids):
-        raise RecordError("control text", f"{text!r} cannot be written in this tokenizer without a control token")
-    return list(ids)
+def _backends(renderer: Renderer) -> dict[str, Any]:
+    return {"sections": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
 
 
-def _pieces(layout: _Layout) -> list[_Piece]:
-    """Cut the text at the start of every output and around stand-ins; pieces are encoded on their own."""
-    cuts = {0, len(layout.text), *layout.output_starts.values()}
-    for begin, character in enumerate(layout.text):
-        if character in layout.stand_ins:
-            cuts |= {begin, begin + 1}
-    edges = sorted(cuts)
+def _encode_batch(backend: Any, texts: list[str], lengths: NDArray[np.int32] | None) -> Any:
+    """Encodings without offsets where the lengths of the tokens tell them."""
+    encode = backend.encode_batch if lengths is None else backend.encode_batch_fast
+    return encode(texts, add_special_tokens=False)
+
+
+def _in_bytes(
+    renderer: Renderer, layout: Layout, group: Sequence[_Piece], parts: Sequence[Any], lengths: NDArray[np.int32]
+) -> _Tokens:
+    ids = np.array([i for part in parts for i in (part if isinstance(part, tuple) else part.ids)], np.int32)
+    ends = np.cumsum(lengths[ids], dtype=np.int64)
+    if (ends[-1] if len(ends) else 0) != len(as_written(layout, layout.text).encode()):
+        # White space was swallowed or text was normalised: only the tokenizer knows what came from where.
+        backends = _backends(renderer)
+        parts = [
+            part if piece.kind == "stand-in" else backends[piece.kind].encode(piece.text, add_special_tokens=False)
+            for piece, part in zip(group, parts, strict=True)
+        ]
+        return _in_characters(group, parts)
+    return _Tokens(ids, np.concatenate([[0], ends[:-1]]), ends, in_bytes=True)
+
+
+def _in_characters(group: Sequence[_Piece], parts: Sequence[Any]) -> _Tokens:
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for piece, part in zip(group, parts, strict=True):
+        if isinstance(part, tuple):  # written out for a stand-in, which is one character
+            ids += part
+            offsets += [(piece.begin, piece.begin + 1)] * len(part)
+        else:
+            ids += part.ids
+            offsets += [(piece.begin + begin, piece.begin + end) for begin, end in part.offsets]
+    edges = np.array(offsets, np.int64).reshape(-1, 2)
+    return _Tokens(np.array(ids, np.int32), edges[:, 0], edges[:, 1], in_bytes=False)
+
+
+def _pieces(renderer: Renderer, layout: Layout) -> list[_Piece]:
+    """Cut the text at the start of every answer and around stand-ins; pieces are encoded on their own.
+
+    A piece in the middle gets no space at its start. What follows its first added token is encoded as at inference,
+    with the space that some tokenizers put before every section.
+    """
+    cuts = {0, len(layout.text), *(answer.start for answer in layout.answers.values())}
+    if layout.stand_ins:
+        for begin, character in enumerate(layout.text):
+            if character in layout.stand_ins:
+                cuts |= {begin, begin + 1}
     pieces = []
-    for begin, end in pairwise(edges):
+    for begin, end in pairwise(sorted(cuts)):
         text = layout.text[begin:end]
-        kind = "stand-in" if text in layout.stand_ins else "first" if begin == 0 else "middle"
-        pieces.append(_Piece(begin, text, kind))
+        if text in layout.stand_ins:
+            pieces.append(_Piece(begin, text, "stand-in"))
+        elif begin == 0:
+            pieces.append(_Piece(begin, text, "sections"))
+        else:
+            mark = renderer.section_start and renderer.mark_pattern and renderer.mark_pattern.search(text)
+            at = mark.start() if mark else len(text)
+            pieces += [_Piece(begin, text[:at], "middle")] if at else []
+            pieces += [_Piece(begin + at, text[at:], "sections")] if mark else []
     return pieces
 
 
-def _verified_sample(renderer: Renderer, layout: _Layout, tokens: _Tokens) -> tuple[Sample, ...]:
-    conversation = layout.conversation
-    boundaries = [_token_at(tokens, character, number) for number, character in enumerate(layout.starts)]
+def _decode(renderer: Renderer, sequences: Sequence[NDArray[np.int32]]) -> list[str]:
+    backend = renderer.tokenizer.backend_tokenizer
+    decoded: list[str] = backend.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=False)
+    return decoded
+
+
+def _samples(renderer: Renderer, record: Record, parts: Sequence[tuple[Layout, _Tokens | RecordError, str]]) -> Samples:
+    match record:
+        case Tokens():
+            return (_tokens_sample(renderer, record),)
+        case Text():
+            ((layout, tokens, decoded),) = parts
+            return (_text_sample(renderer, record, layout, _sound(renderer, layout, tokens, decoded)),)
+        case Conversation():
+            return tuple(
+                _sample(renderer, record, layout, _sound(renderer, layout, tokens, decoded))
+                for layout, tokens, decoded in parts
+            )
+        case _:
+            raise AssertionError(record)
+
+
+def _sound(renderer: Renderer, layout: Layout, tokens: _Tokens | RecordError, decoded: str) -> _Tokens:
+    """The tokens, if they decode to exactly the text. Raises RecordError."""
+    if isinstance(tokens, RecordError):
+        raise tokens
+    expected = _as_decoded(renderer, layout)
+    if decoded != expected and not _is_same(renderer, decoded, expected):
+        raise RecordError("tokenizer changes the text", _difference(expected, decoded))
+    bos = renderer.tokenizer.bos_token_id
+    if bos is not None and len(tokens.ids) > 1 and tokens.ids[0] == tokens.ids[1] == bos:
+        raise RecordError(
+            "double BOS", f"the rendered text begins with {renderer.tokenizer.bos_token} twice; mend the chat template"
+        )
+    return tokens
+
+
+def _as_decoded(renderer: Renderer, layout: Layout) -> str:
+    """The text, with the spaces that a tokenizer puts at the start of every section between added tokens."""
+    section = renderer.section_start
+    if section is None:
+        return as_written(layout, layout.text)
+    parts = [p.text if p.kind == "middle" else section.sub(r"\g<0> ", p.text) for p in _pieces(renderer, layout)]
+    return as_written(layout, "".join(parts))
+
+
+def _is_same(renderer: Renderer, decoded: str, expected: str) -> bool:
+    """Equal but for white space that control tokens swallow, and a first space that sentencepiece decoders drop."""
+    pattern = renderer.swallowed
+    if pattern is not None:
+        decoded, expected = pattern.sub("", decoded), pattern.sub("", expected)
+    return decoded == expected or (expected.startswith(" ") and decoded == expected[1:])
+
+
+def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, tokens: _Tokens) -> Sample:
+    # Only the start of an answer must be the start of a token; a token across another boundary is the earlier one's.
+    positions = [tokens.position(layout, character) for character in layout.starts]
+    boundaries = np.searchsorted(tokens.begins, positions).tolist()
     spans: list[Span] = []
     turn = 0
-    for number, message in enumerate(conversation.messages):
+    for number, message in enumerate(conversation.messages[: len(layout.starts) - 1]):
+        turn += message.role == "assistant"
         start, end = boundaries[number], boundaries[number + 1]
-        if number not in layout.output_starts:
-            spans.append(Span(number, message.role, start, start, end, end, is_owned=True))
-            continue
-        output_start = _token_at(tokens, layout.output_starts[number], number)
-        output_end = _output_end(renderer, layout, tokens, number, output_start, end)
-        _check_decodes(renderer, layout, tokens, number, output_start, output_end)
-        turn += 1
-        spans.append(Span(number, message.role, start, output_start, output_end, end, is_owned=True, turn=turn))
-    sample = Sample(
+        output_start = output_end = end
+        if answer := layout.answers.get(number):
+            output_start, output_end = _answer_tokens(renderer, layout, tokens, answer, number)
+            assert start <= output_start < output_end <= end, "an answer lies in its message"
+        elif content := layout.contents.get(number):
+            # All tokens that hold some of it: in other roles than the model's own, tokens may lie across its edges.
+            first = int(np.searchsorted(tokens.ends, tokens.position(layout, content[0]), side="right"))
+            last = int(np.searchsorted(tokens.begins, tokens.position(layout, content[1])))
+            output_start = min(max(first, start), end)
+            output_end = max(output_start, min(last, end))
+        spans.append(
+            Span(
+                number,
+                message.role,
+                start,
+                output_start,
+                output_end,
+                end,
+                is_owned=number in layout.answers or number in layout.contents,
+                turn=turn if message.role == "assistant" else 0,
+                weight=message.weight,
+                train=message.train,
+            )
+        )
+    return Sample(
         conversation.id,
         conversation.index,
         conversation.source,
         tokens.ids,
         tuple(spans),
-        num_turns=turn,
+        num_turns=sum(message.role == "assistant" for message in conversation.messages),
         weight=conversation.weight,
         digest=digest(conversation),
     )
-    return (sample,)
 
 
-def _token_at(tokens: _Tokens, character: int, number: int) -> int:
-    """The first token that begins at or after a character; no token may lie across it."""
-    index = int(np.searchsorted(tokens.begins, character, side="left"))
-    if index and tokens.ends[index - 1] > character:
-        raise RecordError("turn inside a token", f"message {number + 1}: a token lies across its boundary")
-    return index
+def _answer_tokens(renderer: Renderer, layout: Layout, tokens: _Tokens, answer: Answer, number: int) -> tuple[int, int]:
+    """Tokens of an answer, the stop token last. Raises RecordError where they do not begin and end with it."""
+    start, end = tokens.position(layout, answer.start), tokens.position(layout, answer.end)
+    first, last = int(np.searchsorted(tokens.begins, start)), int(np.searchsorted(tokens.begins, end))
+    if first and tokens.ends[first - 1] > start and int(tokens.ids[first - 1]) not in renderer.control_ids:
+        # A control token may: it swallows the white space beside it.
+        raise RecordError("turn inside a token", f"message {number + 1}: a token lies across the start of the answer")
+    if first >= last or int(tokens.ids[last - 1]) not in renderer.control_ids:
+        raise RecordError("no stop token", f"message {number + 1}: the stop token is no token of the tokenizer")
+    return first, last
 
 
-def _output_end(renderer: Renderer, layout: _Layout, tokens: _Tokens, number: int, output_start: int, end: int) -> int:
-    """One past the stop token: the first control token right after what the author wrote."""
-    written = layout.conversation.messages[number].content or ""
-    forms = {written, written.rstrip(), written.lstrip(), written.strip()}
-    output_begin = layout.output_starts[number]
-    controls = [i for i in range(output_start, end) if int(tokens.ids[i]) in renderer.control_ids]
-    for index in controls:
-        body = _as_written(layout, layout.text[output_begin : int(tokens.begins[index])])
-        if any(_is_answer(renderer, body, form) for form in forms):
-            return index + 1
-    if not controls:
-        raise RecordError(
-            "no stop token",
-            f"message {number + 1}: the template puts no control token after the answer, so the model would not "
-            "learn to stop; end assistant messages with eos_token in the template",
-        )
-    rendered = _as_written(layout, layout.text[output_begin : layout.starts[number + 1]])
-    raise RecordError(
-        "template changes the answer", f"message {number + 1}: written {_short(written)}, rendered {_short(rendered)}"
+def _text_sample(renderer: Renderer, record: Text, layout: Layout, tokens: _Tokens) -> Sample:
+    before, after = renderer.text_edges
+    ids = np.concatenate([before, tokens.ids, after]).astype(np.int32)
+    span = Span(0, "text", 0, 0, len(ids), len(ids), is_owned=True, turn=1)
+    return Sample(
+        record.id, record.index, record.source, ids, (span,), num_turns=1, weight=record.weight, digest=digest(record)
     )
 
 
-def _is_answer(renderer: Renderer, body: str, form: str) -> bool:
-    """Whether a rendered output is what was written, after nothing but white space and tokens of the template.
-
-    Templates open answers with such marks (an empty <think></think>, a channel); words of their own they may not add.
-    """
-    if not body.endswith(form):
-        return False
-    lead = body[: len(body) - len(form)]
-    for mark in renderer.control_texts + renderer.markup_texts:
-        lead = lead.replace(mark, "")
-    return not lead.strip()
-
-
-def _check_decodes(
-    renderer: Renderer, layout: _Layout, tokens: _Tokens, number: int, output_start: int, output_end: int
-) -> None:
-    """The trained span must decode to exactly the text that was rendered for it."""
-    rendered = _as_written(layout, layout.text[layout.output_starts[number] : int(tokens.ends[output_end - 1])])
-    decode = renderer.tokenizer.backend_tokenizer.decode
-    output = tokens.ids[output_start:output_end].tolist()
-    # Together with the token before: decoders of the sentencepiece family drop a leading space at the very start.
-    before = tokens.ids[max(output_start - 1, 0) : output_start].tolist()
-    decoded = decode(before + output, skip_special_tokens=False)
-    expected = (decode(before, skip_special_tokens=False) if before else "") + rendered
-    if decoded != expected:
+def _tokens_sample(renderer: Renderer, record: Tokens) -> Sample:
+    """Runs of targets are answers, what lies between them is context."""
+    if len(record.ids) and not 0 <= record.ids.min() <= record.ids.max() < len(renderer.tokenizer):
         raise RecordError(
-            "tokenizer changes the text",
-            f"message {number + 1}: rendered {_short(expected)}, its tokens decode to {_short(decoded)}",
+            "unknown token id",
+            f"ids {record.ids.min()}..{record.ids.max()}, the tokenizer has {len(renderer.tokenizer)}",
         )
+    edges = [0, *(np.flatnonzero(np.diff(record.is_target.astype(np.int8))) + 1).tolist(), len(record.ids)]
+    spans: list[Span] = []
+    turn = 0
+    for number, (start, end) in enumerate(pairwise(edges)):
+        is_answer = bool(record.is_target[start])
+        turn += is_answer
+        role, own = ("assistant", turn) if is_answer else ("user", 0)
+        spans.append(Span(number, role, start, start, end, end, is_owned=True, turn=own))
+    return Sample(record.id, record.index, record.source, record.ids, tuple(spans), turn, record.weight, digest(record))
 
 
-def _as_written(layout: _Layout, text: str) -> str:
-    for character, written in layout.stand_ins.items():
-        text = text.replace(character, written)
-    return text
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:40] + " … " + text[-15:])
+def _difference(expected: str, decoded: str) -> str:
+    at = common_length(expected, decoded)
+    near = slice(max(at - 15, 0), at + 25)
+    return f"rendered …{expected[near]!r}…, its tokens decode to …{decoded[near]!r}…"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sft_dist.data.conversation import ROLES
 from sft_dist.data.sample import Int32, Sample
-from sft_dist.data.store import PreparedDataset, SpanTable
+from sft_dist.data.store import PreparedDataset
 
 TrainOn = Literal["assistant", "last_assistant", "all", "marked"]
 Normalise = Literal["token", "turn", "conversation"]
@@ -21,8 +21,11 @@ Overflow = Literal["drop", "truncate_turns"]
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
-_TEXT = ROLES.index("text")
-_ANSWERS = (ROLES.index("assistant"), _TEXT)
+_ASSISTANT, _TEXT = ROLES.index("assistant"), ROLES.index("text")
+
+# What happens to a sample.
+_WHOLE, _WINDOWS, _CUT, _TOO_LONG, _DUPLICATE = range(5)
+_REASONS = {_CUT: "end cut off", _TOO_LONG: "too long", _DUPLICATE: "duplicate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,132 +69,137 @@ class Selection:
     def __init__(self, dataset: PreparedDataset, policy: Policy) -> None:
         self.dataset = dataset
         self.policy = policy
-        self._is_target, self._first, self._last = _targets(dataset.spans, dataset.column("num_turns"), policy)
-        self._span_rows = np.searchsorted(dataset.spans.sample, np.arange(len(dataset) + 1))
-        self.samples, self._begins, self._ends, self.left_out = self._views()
+        spans = dataset.spans
+        self._is_target, first, self._last = _targets(dataset, policy)
+        self._first = np.maximum(first, 1)  # nothing comes before token 0
+        self._rows = np.searchsorted(spans.sample, np.arange(len(dataset) + 1))  # first span of every sample
+        cuts = self._ends_that_fit()
+        reasons = _reasons(dataset, policy, cuts)
+        self.samples, self._begins, self._ends = self._views(reasons, cuts)
         self.lengths: Int64 = self._ends - self._begins  # [n] tokens of each example
         self.indices: Int64 = dataset.column("index")[self.samples]  # [n] of each example's conversation
         self.sources: NDArray[Any] = dataset.column("source")[self.samples]  # [n] names
-        self._base, self._scale = np.zeros(0), np.ones(0)  # weight of each span, factor of each example
-        self.num_targets: Int64 = np.zeros(0, np.int64)  # [n] target tokens of each example
-        self.mass: Float64 = np.zeros(0)  # [n] what each example adds to the denominator of its step
-        self._weigh()
+        view, row, num_tokens = self._targets_of_views()
+        self.num_targets: Int64 = np.bincount(view, num_tokens, minlength=len(self)).astype(np.int64)  # [n]
+        self.left_out = self._left_out(reasons)
+        self._span_weights: Float64 = spans.weight  # of each target token of a span
+        if policy.normalise == "turn":
+            # A text that is cut into windows is one turn all the same.
+            of_span = np.bincount(row, num_tokens, minlength=len(spans.weight))
+            self._span_weights = spans.weight / np.maximum(of_span, 1)
+        own: Float64 = np.bincount(view, self._span_weights[row] * num_tokens, minlength=len(self)).astype(np.float64)
+        self._scale = self._scales(own)  # [n] factor of the span weights in each example
+        self.mass: Float64 = self._scale * own  # [n] what each example adds to the denominator of its step
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, number: int) -> Example:
         begin, end = int(self._begins[number]), int(self._ends[number])
-        whole = self.dataset[int(self.samples[number])]
+        place = int(self.samples[number])
+        whole = self.dataset[place]
         sample = whole if (begin, end) == (0, len(whole.ids)) else _cut(whole, begin, end)
         turns = np.full(end - begin, -1, np.int32)
         weights = np.zeros(end - begin, np.float32)
-        rows = slice(*self._span_rows[self.samples[number] : self.samples[number] + 2])
-        for row in range(rows.start, rows.stop):
+        for row in range(self._rows[place], self._rows[place + 1]):
+            # Token 0 of a window has nothing before it; it is a target of the window before.
             first, last = max(int(self._first[row]), begin + 1), min(int(self._last[row]), end)
-            if not self._is_target[row] or first >= last:
-                continue
-            turns[first - begin : last - begin] = self.dataset.spans.message[row]
-            weight = self._base[row] * self._scale[number]
-            weights[first - begin : last - begin] = (
-                weight / (last - first) if self.policy.normalise == "turn" else weight
-            )
+            if self._is_target[row] and first < last:
+                turns[first - begin : last - begin] = self.dataset.spans.message[row]
+                weights[first - begin : last - begin] = self._span_weights[row] * self._scale[number]
         return Example(sample, turns, weights)
 
-    def _views(self) -> tuple[Int64, Int64, Int64, list[LeftOut]]:
-        """(sample, begin, end) of every example, and what is left out."""
-        dataset, policy = self.dataset, self.policy
-        lengths = dataset.lengths
-        left_out: list[LeftOut] = []
-        is_kept = np.ones(len(dataset), bool)
-        if policy.deduplicate:
-            is_kept = _first_of_their_kind(dataset)
-            left_out += [self._left_out(int(n), "duplicate", 0) for n in np.flatnonzero(~is_kept)]
-        fitting = np.flatnonzero(is_kept & (lengths <= policy.max_length))
-        views = [(fitting, np.zeros(len(fitting), np.int64), lengths[fitting])]
-        for number in np.flatnonzero(is_kept & (lengths > policy.max_length)):
-            windows, rest = self._fit(int(number))
-            if windows:
-                begins, ends = np.array(windows, np.int64).T
-                views.append((np.full(len(windows), number), begins, ends))
-            if rest is not None:
-                left_out.append(rest)
-        samples, begins, ends = (np.concatenate(parts) for parts in zip(*views, strict=True))
-        order = np.lexsort((begins, samples))
-        return samples[order], begins[order], ends[order], left_out
-
-    def _fit(self, number: int) -> tuple[list[tuple[int, int]], LeftOut | None]:
-        """Windows of a sample that is too long, and what of it is left out."""
-        length, room = int(self.dataset.lengths[number]), self.policy.max_length
-        if self.policy.overflow == "drop":
-            return [], self._left_out(number, "too long", 0)
+    def _ends_that_fit(self) -> Int64:
+        """[num_samples] one past the last answer that fits and has a target in it or before it; 0: there is none."""
         spans = self.dataset.spans
-        rows = np.arange(self._span_rows[number], self._span_rows[number + 1])
-        if (spans.role[rows] == _TEXT).all():
-            # Windows overlap by one token, so that every token but the first of the text is a target once.
-            return [(begin, min(begin + room, length)) for begin in range(0, length - 1, room - 1)], None
-        ends = spans.output_end[rows]
-        is_end = (spans.turn[rows] > 0) & (ends <= room)
-        # Up to the last answer that fits and that has a target at or before it.
-        is_end &= np.cumsum(self._is_target[rows] & (self._last[rows] > self._first[rows])) > 0
-        if not is_end.any():
-            return [], self._left_out(number, "too long", 0)
-        cut = int(ends[is_end].max())
-        return [(0, cut)], self._left_out(number, "end cut off", cut)
+        seen = np.concatenate([[0], np.cumsum(self._is_target & (self._first < self._last))])
+        has_target = seen[1:] > seen[self._rows[spans.sample]]
+        is_end = (spans.turn > 0) & (spans.output_end <= self.policy.max_length) & has_target
+        ends = np.zeros(len(self.dataset), np.int64)
+        np.maximum.at(ends, spans.sample[is_end], spans.output_end[is_end])
+        return ends
 
-    def _left_out(self, number: int, reason: str, begin: int) -> LeftOut:
-        """Everything of a sample from token `begin`."""
-        rows = slice(self._span_rows[number], self._span_rows[number + 1])
-        inside = np.clip(self._last[rows] - np.maximum(self._first[rows], max(begin, 1)), 0, None)
-        num_targets = int(inside[self._is_target[rows]].sum())
-        return LeftOut(int(number), reason, int(self.dataset.lengths[number]) - begin, num_targets)
+    def _views(self, reasons: Int64, cuts: Int64) -> tuple[Int64, Int64, Int64]:
+        """(sample, begin, end) of every example. Windows overlap by one token: each but the first is a target once."""
+        lengths, room = self.dataset.lengths, self.policy.max_length
+        stops = np.where(reasons == _CUT, cuts, lengths)
+        counts = np.where(reasons == _WINDOWS, -(-(lengths - 1) // (room - 1)), 1)
+        counts[np.isin(reasons, (_DUPLICATE, _TOO_LONG))] = 0
+        samples = np.repeat(np.arange(len(lengths)), counts)
+        within = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
+        begins = within * (room - 1)
+        return samples, begins, np.minimum(begins + room, stops[samples])
 
-    def _weigh(self) -> None:
-        """Fill in base, scale, num_targets and mass."""
-        spans, policy, num = self.dataset.spans, self.policy, len(self)
-        of_source = {name: policy.source_weights.get(name, 1.0) for name in set(self.sources)}
-        conversation_weight = (
-            np.array([of_source[name] for name in self.sources])
-            * (self.dataset.column("weight").astype(np.float64)[self.samples])
-        )
-        # All pairs of an example and a span of its sample.
-        counts = (self._span_rows[self.samples + 1] - self._span_rows[self.samples]).astype(np.int64)
-        view = np.repeat(np.arange(num), counts)
-        row = np.arange(counts.sum()) + np.repeat(self._span_rows[self.samples] - (np.cumsum(counts) - counts), counts)
+    def _targets_of_views(self) -> tuple[Int64, Int64, Int64]:
+        """(example, span, number of its target tokens in the example) of all pairs that have any."""
+        counts = self._rows[self.samples + 1] - self._rows[self.samples]
+        view = np.repeat(np.arange(len(self)), counts)
+        row = np.arange(len(view)) + np.repeat(self._rows[self.samples] - (np.cumsum(counts) - counts), counts)
+        is_target = self._is_target[row]
+        view, row = view[is_target], row[is_target]
         first = np.maximum(self._first[row], self._begins[view] + 1)
-        tokens = np.where(
-            self._is_target[row], np.clip(np.minimum(self._last[row], self._ends[view]) - first, 0, None), 0
-        )
-        self.num_targets = np.bincount(view, tokens, minlength=num).astype(np.int64)
-        self._base, self._scale = spans.weight, conversation_weight
-        weighted = spans.weight[row] * tokens
-        if policy.normalise == "turn":
-            weighted = spans.weight[row] * (tokens > 0)
-        self.mass = conversation_weight * np.bincount(view, weighted, minlength=num)
-        if policy.normalise == "conversation":
-            _, conversation = np.unique(self.indices, return_inverse=True)
-            own = np.bincount(view, weighted, minlength=num)
-            whole = np.bincount(conversation, own)[conversation]
-            self._scale = np.divide(conversation_weight, whole, out=np.zeros(num), where=whole > 0)
-            self.mass = self._scale * own
+        num_tokens = np.minimum(self._last[row], self._ends[view]) - first
+        some = num_tokens > 0
+        return view[some], row[some], num_tokens[some]
+
+    def _scales(self, own: Float64) -> Float64:
+        """Source x record weight of every example; with `conversation` as a share of its conversation's weight."""
+        weight_of = {name: self.policy.source_weights.get(name, 1.0) for name in set(self.sources)}
+        weights = np.array([weight_of[name] for name in self.sources], np.float64)
+        weights *= self.dataset.column("weight")[self.samples]
+        if self.policy.normalise != "conversation":
+            return weights
+        _, conversation = np.unique(self.indices, return_inverse=True)
+        whole = np.bincount(conversation, own)[conversation]
+        return np.divide(weights, whole, out=np.zeros(len(own)), where=whole > 0)
+
+    def _left_out(self, reasons: Int64) -> list[LeftOut]:
+        """What no example covers, sample by sample."""
+        spans, num = self.dataset.spans, len(self.dataset)
+        of_span = np.where(self._is_target, np.maximum(self._last - self._first, 0), 0)
+        targets = np.bincount(spans.sample, of_span, minlength=num)
+        targets -= np.bincount(self.samples, self.num_targets, minlength=num)
+        tokens = self.dataset.lengths - np.bincount(self.samples, self.lengths, minlength=num)
+        places = np.flatnonzero(np.isin(reasons, list(_REASONS)))
+        columns = (places, reasons[places], tokens[places].astype(np.int64), targets[places].astype(np.int64))
+        return [
+            LeftOut(place, _REASONS[reason], num_tokens, num_targets)
+            for place, reason, num_tokens, num_targets in zip(*(c.tolist() for c in columns), strict=True)
+        ]
 
 
-def _targets(spans: SpanTable, num_turns: Int32, policy: Policy) -> tuple[NDArray[np.bool_], Int32, Int32]:
+def _reasons(dataset: PreparedDataset, policy: Policy, cuts: Int64) -> Int64:
+    """[num_samples] what happens to every sample."""
+    is_long = dataset.lengths > policy.max_length
+    reasons = np.where(is_long, _TOO_LONG, _WHOLE)
+    if policy.overflow == "truncate_turns":
+        num_others = np.bincount(dataset.spans.sample, dataset.spans.role != _TEXT, minlength=len(dataset))
+        reasons[is_long & (cuts > 0)] = _CUT
+        reasons[is_long & (num_others == 0)] = _WINDOWS
+    if policy.deduplicate:
+        reasons[~_first_of_their_kind(dataset)] = _DUPLICATE
+    return reasons
+
+
+def _targets(dataset: PreparedDataset, policy: Policy) -> tuple[NDArray[np.bool_], Int32, Int32]:
     """For every span whether it is a target, and its first target token and the one after the last."""
-    # A mark of the author and a weight of 0 always take a message out.
-    is_target = spans.is_owned & (spans.train != 0) & (spans.weight > 0)
+    spans = dataset.spans
     if policy.roles is not None:
         wanted = [place for place, role in enumerate(ROLES) if role in policy.roles]
         return spans.is_owned & np.isin(spans.role, wanted), spans.output_start, spans.output_end
+    # A mark of the author and a weight of 0, of the message or its record, always take a message out.
+    is_target = spans.is_owned & (spans.train != 0) & (spans.weight > 0)
+    is_target &= dataset.column("weight")[spans.sample] > 0
     match policy.train_on:
         case "all":
             return is_target, spans.start, spans.end
         case "marked":
             is_target &= spans.train == 1
         case "assistant":
-            is_target &= np.isin(spans.role, _ANSWERS)
+            is_target &= np.isin(spans.role, (_ASSISTANT, _TEXT))
         case "last_assistant":
-            is_target &= np.isin(spans.role, _ANSWERS) & (spans.turn == num_turns[spans.sample])
+            is_last = spans.turn == dataset.column("num_turns")[spans.sample]
+            is_target &= (spans.role == _TEXT) | ((spans.role == _ASSISTANT) & is_last)
     return is_target, spans.output_start, spans.output_end
 
 

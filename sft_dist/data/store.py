@@ -6,8 +6,10 @@ Written by `write_shard` and `write_manifest`, read by `PreparedDataset`. The sh
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,20 @@ class PreparedDataset:
             self._tables.append(_read(path))
             first.append(first[-1] + shard["num_samples"])
         self._first = np.array(first)
+
+    def part(self, first: int, end: int) -> "PreparedDataset":
+        """Samples [first, end) as a data set of their own; nothing is copied, and only they are read."""
+        part = copy(self)
+        vars(part).pop("lengths", None)
+        vars(part).pop("spans", None)
+        bounds = pairwise(self._first.tolist())
+        pieces = [
+            table.slice(max(first, low) - low, min(end, high) - max(first, low))
+            for table, (low, high) in zip(self._tables, bounds, strict=True)
+            if low < end and first < high
+        ]
+        part._tables, part._first = pieces, np.cumsum([0, *map(len, pieces)])
+        return part
 
     def __len__(self) -> int:
         return int(self._first[-1])

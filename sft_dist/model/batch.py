@@ -2,6 +2,7 @@
 
 Position t of the row predicts targets[t]; the last position of a sample predicts nothing, so no target crosses a
 sample. There is no padding: `cu_seqlens` and position ids that restart at 0 say where each sample begins.
+`collate_trees` lays out prompts with several answers each, so that a prompt is computed once.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sft_dist.data.sample import Int32
 from sft_dist.data.selection import Example
 
 IGNORE = -100
@@ -28,6 +30,7 @@ class Batch:
     cu_seqlens: Tensor  # int32 [n + 1]
     lengths: tuple[int, ...]  # [n], the same on the host
     turns: tuple[tuple[int, int], ...]  # (number of the example in the batch, message number) of each turn slot
+    parents: tuple[int, ...] | None = None  # [n] the sample that each continues, or -1; None: none continues another
 
     @property
     def num_targets(self) -> int:
@@ -46,7 +49,21 @@ class Batch:
             move(self.cu_seqlens),
             self.lengths,
             self.turns,
+            self.parents,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A prompt and outputs that each follow it; neither is empty."""
+
+    prompt: Int32  # [P]
+    outputs: tuple[Int32, ...]  # [n] each
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its row. Several outputs each repeat the last token of the prompt: its logits predict them."""
+        return len(self.prompt) - 1 + sum(map(len, self.outputs))
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -77,6 +94,53 @@ def collate(examples: Sequence[Example]) -> Batch:
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
         lengths=lengths,
         turns=tuple(turns),
+    )
+
+
+def collate_trees(trees: Sequence[Tree]) -> Batch:
+    """Lay trees end to end: the prompt without its last token, then for each output that token and the output.
+
+    Every output is a turn slot (number of the tree, number of the output). A tree with one output is one plain sample.
+    """
+    if not trees:
+        return _empty()
+    ids, targets, turn_ids, positions = [], [], [], []
+    lengths: list[int] = []
+    parents: list[int] = []
+    turns: list[tuple[int, int]] = []
+
+    def add(segment: Int32, first_position: int, parent: int) -> None:
+        ids.append(segment)
+        positions.append(np.arange(first_position, first_position + len(segment)))
+        targets.append(np.full(len(segment), IGNORE))
+        turn_ids.append(np.full(len(segment), -1))
+        lengths.append(len(segment))
+        parents.append(parent)
+
+    for number, tree in enumerate(trees):
+        trunk, last = tree.prompt[:-1], tree.prompt[-1:]
+        is_shared = len(tree.outputs) > 1 and len(trunk) > 0
+        root = len(lengths) if is_shared else -1
+        if is_shared:
+            add(trunk, 0, -1)
+        for branch, output in enumerate(tree.outputs):
+            before = last if is_shared else tree.prompt
+            # The last token of an output predicts nothing.
+            add(np.concatenate([before, output[:-1]]), len(tree.prompt) - len(before), root)
+            targets[-1][len(before) - 1 :] = output
+            turn_ids[-1][len(before) - 1 :] = len(turns)
+            turns.append((number, branch))
+    row = _row(targets)
+    return Batch(
+        input_ids=_row(ids),
+        position_ids=_row(positions),
+        targets=row,
+        turn_ids=_row(turn_ids),
+        weights=(row != IGNORE).float(),
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        lengths=tuple(lengths),
+        turns=tuple(turns),
+        parents=tuple(parents) if max(parents) >= 0 else None,
     )
 
 

@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sft_dist.data.packing import Pack, best_fit_decreasing
 from sft_dist.data.plan import distribute
 from sft_dist.data.selection import Example, Selection
-from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
-from sft_dist.model.batch import IGNORE, collate
+from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.engine import Engine
+from sft_dist.model.logprobs import Wanted
+from sft_dist.train.details import Details
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +48,31 @@ def score_examples(engine: Engine, examples: Sequence[Example]) -> list[tuple[in
     ]
 
 
+def turn_logprobs(engine: Engine, batch: Batch) -> list[tuple[int, int, NDArray[np.float32]]]:
+    """(example, message, float32 [tokens]) of each turn slot: log Pr of every target. One forward, a collective."""
+    with torch.no_grad():
+        logprobs = engine.logprobs(batch).float().cpu().numpy()  # float32 [num_targets]
+    slots = batch.turn_ids[0][batch.targets[0] != IGNORE].numpy()  # int64 [num_targets]
+    order = np.argsort(slots, kind="stable")
+    ends = np.cumsum(np.bincount(slots, minlength=len(batch.turns)))
+    parts = np.split(logprobs[order], ends)[: len(batch.turns)]
+    return [(example, message, part) for (example, message), part in zip(batch.turns, parts, strict=True)]
+
+
 def score_pack(engine: Engine, selection: Selection, pack: Pack) -> list[TurnScore]:
     scores = score_examples(engine, [selection[number] for number in pack])
     return [TurnScore(pack[example], message, count, logprob) for example, message, count, logprob in scores]
 
 
-def heldout_nll(engine: Engine, selection: Selection, packs: Sequence[Pack], world: World, per_forward: int) -> float:
-    """Mean negative log-probability per target token, over all ranks. A collective."""
+def heldout_details(
+    engine: Engine, selection: Selection, packs: Sequence[Pack], world: World, per_forward: int
+) -> Details:
+    """NLL and accuracy of every target token, each counted once whatever its weight, over all ranks. A collective."""
     engine.train(False)
-    total = count = 0.0
+    details = Details(selection.sources)
     for pack in distribute(packs, world.rank, world.size, per_forward):
-        for score in score_pack(engine, selection, pack):
-            total -= score.logprob
-            count += score.num_tokens
-    total, count = collectives.all_sum([total, count])
-    return total / count
+        examples = [selection[number] for number in pack]
+        with torch.no_grad():
+            details.add(examples, engine.token_values(collate(examples), Wanted(is_top=True)))
+    details.reduce()
+    return details

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sft_dist.config import RunConfig
 from sft_dist.data.packing import Pack
@@ -20,11 +19,12 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ExitCode, TrainingError
 from sft_dist.model import probe
-from sft_dist.model.batch import IGNORE, Batch, collate
+from sft_dist.model.batch import collate
 from sft_dist.model.engine import Engine
-from sft_dist.train import checkpoint
+from sft_dist.train import checkpoint, objective
 from sft_dist.train.checkpoint import TrainState
-from sft_dist.train.evaluate import heldout_nll, scoring_packs
+from sft_dist.train.details import Details
+from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.interrupt import StopRequest
 from sft_dist.train.metrics import Metrics, step_line
 from sft_dist.train.schedule import learning_rate
@@ -101,7 +101,9 @@ class Run:
         rate = learning_rate(step, self.plan.num_steps, config.optimizer, config.schedule)
         self.engine.set_lr(rate)
         self.engine.train()
-        loss = accumulate_gradient(self.engine, self.selection, self.plan, step, config, self.world)
+        every = config.logging.details_every
+        details = Details(self.selection.sources) if every and (step + 1) % every == 0 else None
+        loss, nll = accumulate_gradient(self.engine, self.selection, self.plan, step, config, self.world, details)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")
         applied, grad_norm = self.engine.step()
@@ -110,9 +112,11 @@ class Run:
                 f"step {step + 1}: the gradient norm is {grad_norm} and the step cannot be used "
                 f"(loss {loss:.4f}){self._advice()}"
             )
-        self._finish_step(loss, grad_norm, rate, time.monotonic() - started)
+        self._finish_step(loss, nll, grad_norm, rate, time.monotonic() - started)
+        if details is not None:
+            self.metrics.record("train_details", step + 1, **details.as_dict())
 
-    def _finish_step(self, loss: float, grad_norm: float, rate: float, step_s: float) -> None:
+    def _finish_step(self, loss: float, nll: float, grad_norm: float, rate: float, step_s: float) -> None:
         step, plan = self.state.step, self.plan
         num_tokens = plan.num_step_tokens(step)
         self.state = replace(
@@ -131,6 +135,7 @@ class Run:
                 step=step + 1,
                 num_steps=plan.num_steps,
                 loss=loss,
+                nll=None if objective.is_plain(self.config.objective) else nll,
                 grad_norm=grad_norm,
                 learning_rate=rate,
                 tokens_per_s=num_tokens / step_s,
@@ -142,6 +147,7 @@ class Run:
             "train",
             step + 1,
             loss=loss,
+            nll=nll,
             grad_norm=grad_norm,
             learning_rate=rate,
             num_tokens=num_tokens,
@@ -154,17 +160,21 @@ class Run:
         if self.heldout is None:
             return
         config = self.config
-        nll = heldout_nll(
+        details = heldout_details(
             self.engine,
             self.heldout.selection,
             self.heldout.packs,
             self.world,
             config.batch.packs_per_micro_batch,
         )
+        nll, accuracy = details.all.nll, details.all.accuracy
         if not math.isfinite(nll):
             raise TrainingError(f"the held-out NLL at step {step:,} is {nll}{self._advice()}")
-        self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token")
-        self.metrics.record("heldout", step, nll=nll)
+        self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
+        for line in details.lines():
+            self.metrics.say(line)
+        self.metrics.record("heldout", step, **details.all.as_dict())
+        self.metrics.record("heldout_details", step, **details.as_dict())
         best = self.state.heldout_nll_best
         self.state = replace(self.state, heldout_nll_last=nll)
         if step == 0:
@@ -248,35 +258,51 @@ class Run:
 
 
 def accumulate_gradient(
-    engine: Engine, selection: Selection, plan: Plan, step: int, config: RunConfig, world: World
-) -> float:
-    """All forwards and backwards of one step; returns its loss over all ranks. docs/objective.md, section 5."""
+    engine: Engine,
+    selection: Selection,
+    plan: Plan,
+    step: int,
+    config: RunConfig,
+    world: World,
+    details: Details | None = None,
+) -> tuple[float, float]:
+    """All forwards and backwards of one step; returns its loss and its NLL over all ranks, and fills in `details`.
+
+    The loss is what is stepped on; the NLL has the same weights, and no label smoothing and z-loss.
+    docs/objective.md, section 5.
+    """
     micro_batches = plan.micro_batches(
         step, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
     )
     denominator = plan.denominator(step)
-    local_nll = 0.0
+    wanted = objective.wanted(config.objective, with_hits=details is not None)
+    local_loss = local_nll = 0.0
     for number, pack in enumerate(micro_batches):
-        _seed_dropout(config.seed, step, number, world.rank)
-        batch = collate([selection[number] for number in pack])
-        nll = weighted_nll(engine.logprobs(batch), batch)
-        engine.backward(nll / denominator, is_last=number == len(micro_batches) - 1)
-        local_nll += float(nll.detach())
-    return collectives.all_sum([local_nll])[0] / denominator
-
-
-def weighted_nll(logprobs: Tensor, batch: Batch) -> Tensor:
-    """-Σ w log Pr over this batch's targets, summed, not averaged: the step's denominator divides it once."""
-    weights = batch.weights[0][batch.targets[0] != IGNORE].to(logprobs.device)
-    return -(logprobs * weights).sum()
+        _seed_noise(config.seed, step, number, world.rank)
+        examples = [selection[index] for index in pack]
+        batch = collate(examples)
+        values = engine.token_values(batch, wanted)
+        loss = objective.weighted_sum(objective.token_losses(values, config.objective), batch)
+        engine.backward(loss / denominator, is_last=number == len(micro_batches) - 1)
+        local_loss += float(loss.detach())
+        if not objective.is_plain(config.objective):
+            local_nll -= float(objective.weighted_sum(values.logprob.detach(), batch))
+        if details is not None:
+            details.add(examples, values)
+    if details is not None:
+        details.reduce()
+    total_loss, total_nll = collectives.all_sum([local_loss, local_nll])
+    if objective.is_plain(config.objective):
+        total_nll = total_loss
+    return total_loss / denominator, total_nll / denominator
 
 
 def plan_heldout(selection: Selection) -> Heldout:
     return Heldout(selection, scoring_packs(selection))
 
 
-def _seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
-    """Random streams follow from the position in the run, so a resumed run draws what it would have drawn."""
+def _seed_noise(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Dropout and NEFTune follow from the position in the run, so a resumed run draws what it would have drawn."""
     state = np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) >> 1)
 

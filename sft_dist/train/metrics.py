@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from sft_dist.config import LoggingConfig
+from sft_dist.config import LoggingConfig, flatten
+from sft_dist.data.progress import duration
 from sft_dist.errors import say
 
 
@@ -30,14 +31,18 @@ class Metrics:
         if self._is_main:
             say(line)
 
-    def record(self, kind: str, step: int, **values: float | int | str | None) -> None:
-        """One entry of the metrics file; numbers also go to TensorBoard as kind/name."""
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """One entry of the metrics file; numbers also go to TensorBoard as kind/name, nested ones as kind/name.name.
+
+        Kinds: `train` (one a step), `train_details` (every logging.details_every steps), `heldout` and
+        `heldout_details` (one an evaluation). Details are nested as `Details.as_dict` says.
+        """
         if self._file is None:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
+            for name, value in flatten(values).items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
@@ -53,28 +58,23 @@ def step_line(
     step: int,
     num_steps: int,
     loss: float,
+    nll: float | None,
     grad_norm: float,
     learning_rate: float,
     tokens_per_s: float,
     memory_gib: float,
     eta_s: float,
 ) -> str:
-    """`step   120/2,340  loss 1.1843  grad 0.92  lr 9.8e-06  tokens/s 34,310  mem 61.2 GiB  eta 2h41m`"""
+    """`step   120/2,340  loss 1.1843  grad 0.92  lr 9.8e-06  tokens/s 34,310  mem 61.2 GiB  eta 2h41m`
+
+    `nll` is shown where it is not the loss itself.
+    """
     width = len(f"{num_steps:,}")
+    shown_nll = "" if nll is None else f"  nll {nll:.4f}"
     return (
-        f"step {step:>{width},}/{num_steps:,}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {learning_rate:.1e}  "
-        f"tokens/s {tokens_per_s:,.0f}  mem {memory_gib:.1f} GiB  eta {duration(eta_s)}"
+        f"step {step:>{width},}/{num_steps:,}  loss {loss:.4f}{shown_nll}  grad {grad_norm:.2f}  "
+        f"lr {learning_rate:.1e}  tokens/s {tokens_per_s:,.0f}  mem {memory_gib:.1f} GiB  eta {duration(eta_s)}"
     )
-
-
-def duration(seconds: float) -> str:
-    """90 -> `1m30s`, 9660 -> `2h41m`"""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _cut_back(path: Path, first_step: int) -> None:

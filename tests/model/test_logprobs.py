@@ -13,7 +13,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.model import attention, logprobs
 from sft_dist.model.attention import SPLIT, choose_attention
 from sft_dist.model.batch import IGNORE, Batch, collate
-from sft_dist.model.logprobs import TokenLogprobs
+from sft_dist.model.logprobs import TokenLogprobs, TokenValues, Wanted
 from tests.helpers.models import FAMILIES, build_model
 
 
@@ -51,7 +51,7 @@ def test_packed_logprobs_and_gradients_equal_each_sample_alone(
     monkeypatch.setattr(logprobs, "CHUNK_ROWS", 7)
     examples = [example(length, seed=length) for length in (30, 4, 17, 41)]
     packed_model = TokenLogprobs(load(folder, family, implementation))
-    packed = packed_model(collate(examples))
+    packed = packed_model(collate(examples))[:, 0]
     packed.sum().backward()
     alone_model = load(folder, family, "eager")
     alone = []
@@ -65,6 +65,62 @@ def test_packed_logprobs_and_gradients_equal_each_sample_alone(
     expected = dict(alone_model.named_parameters())
     for name, parameter in packed_model.model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_what_is_wanted_beside_the_logprobs_is_that_of_the_full_logits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 7)
+    batch = collate([example(30, everything=True), example(17, seed=3, everything=True)])
+    wanted = Wanted(log_normaliser=True, mean_logprob=True, is_top=True)
+    model, plain = TokenLogprobs(load(folder, "llama", SPLIT)), load(folder, "llama", "eager")
+    # One target that is the likeliest token for sure.
+    with torch.no_grad():
+        row = plain(input_ids=batch.input_ids[:, :30], use_cache=False).logits[0]
+    batch.targets[0, 4] = row[4].argmax()
+    values = TokenValues.of(model(batch, wanted), wanted)
+    logits = torch.cat(
+        [plain(input_ids=ids, use_cache=False).logits[0, :-1] for ids in batch.input_ids.split([30, 17], 1)]
+    )
+    targets = batch.targets[0][batch.targets[0] != IGNORE]
+    everything = logits.log_softmax(-1)
+    expected = {
+        "logprob": everything.gather(-1, targets[:, None])[:, 0],
+        "log_normaliser": logits.exp().sum(-1).log(),
+        "mean_logprob": everything.mean(-1),
+        "is_top": (everything.gather(-1, targets[:, None]) >= everything.max(-1, keepdim=True).values)[:, 0].double(),
+    }
+    for name, value in expected.items():
+        assert torch.allclose(getattr(values, name).double(), value, atol=1e-5), name
+    assert 0 < expected["is_top"].sum() < len(targets)
+    only = TokenValues.of(model(batch), Wanted())
+    assert (only.log_normaliser, only.mean_logprob, only.is_top) == (None, None, None)
+    assert torch.equal(only.logprob, values.logprob)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_neftune_noises_each_sample_by_its_own_length_and_only_while_training(folder: Path, family: str) -> None:
+    """Jain et al., 2023, section 2: uniform(-1, 1) times alpha / sqrt(length x width)."""
+    alpha, lengths = 5.0, (30, 6, 17)
+    examples = [example(length, seed=length, everything=True) for length in lengths]
+    batch, plain = collate(examples), load(folder, family, "eager")
+    noisy = TokenLogprobs(load(folder, family, SPLIT), neftune_alpha=alpha).train()
+    torch.manual_seed(11)
+    found = noisy(batch)[:, 0]
+    width = plain.get_input_embeddings().weight.shape[1]
+    torch.manual_seed(11)
+    draws = torch.empty(1, sum(lengths), width).uniform_(-1, 1)
+    expected, quiet = [], []
+    for ids, noise in zip(batch.input_ids.split(lengths, 1), draws.split(lengths, 1), strict=True):
+        embedded = plain.get_input_embeddings()(ids)
+        for inputs, into in ((embedded + noise * alpha / (ids.shape[1] * width) ** 0.5, expected), (embedded, quiet)):
+            rows = plain(inputs_embeds=inputs, use_cache=False).logits[0, :-1].log_softmax(-1)
+            into.append(rows.gather(-1, ids[0, 1:, None])[:, 0])
+    assert torch.allclose(found.double(), torch.cat(expected), atol=1e-4)
+    assert not torch.allclose(torch.cat(expected), torch.cat(quiet), atol=0.1)
+    torch.manual_seed(12)
+    assert not torch.allclose(noisy(batch)[:, 0], found, atol=0.1), "the noise follows from the seed"
+    assert torch.allclose(noisy.eval()(batch)[:, 0].double(), torch.cat(quiet), atol=1e-5)
 
 
 def test_no_more_than_one_chunk_of_logits_exists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +140,7 @@ def test_a_batch_without_targets_gives_a_connected_zero(folder: Path) -> None:
     wrapped = TokenLogprobs(load(folder, "qwen2", SPLIT))
     for batch in (collate([]), without_targets(collate([example(9)]))):
         result = wrapped(batch)
-        assert result.shape == (0,)
+        assert result.shape == (0, 1)
         result.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in wrapped.parameters() if p.requires_grad)
 

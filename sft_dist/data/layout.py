@@ -1,0 +1,430 @@
+"""One conversation as texts with boundaries: what the template writes, where each message and each answer lies in it.
+
+Boundaries come from renders of prefixes of the conversation, never from a search for the answer's text. Every answer
+lies in exactly the context the template gives it at inference. Usually one text holds them all; where the template
+shows a later turn another history than an earlier one wrote (earlier reasoning dropped, an end marker moved), the
+conversation takes several texts, and each message is owned by one of them.
+"""
+
+import json
+import os.path
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sft_dist.data.conversation import Conversation, Message, RecordError, ToolCall, texts_of
+from sft_dist.data.renderer import Renderer
+
+# Stand-ins for control-token text inside messages while the template runs: the private-use planes 15 and 16.
+_STAND_IN_BASES = (0xF0000, 0x100000)
+_STAND_INS_PER_BASE = 0xFFFE
+_NO_MARK = chr(_STAND_IN_BASES[1] + _STAND_INS_PER_BASE - 1)  # a character that no mark has
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Characters [start, end) that the model writes: what its author wrote, and the stop token."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One text of a conversation, with stand-ins for what only looks like a control token."""
+
+    text: str
+    starts: tuple[int, ...]  # [messages in it + 1] characters
+    answers: dict[int, Answer]  # of the owned assistant messages
+    contents: dict[int, tuple[int, int]]  # characters of the content of owned messages that are no answers
+    stand_ins: dict[str, str]  # stand-in character -> text that someone wrote
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """An assistant message in the context it has at inference: the text up to and with it, rendered as the last one."""
+
+    number: int
+    header: str  # with the generation prompt
+    text: str
+    ends: tuple[int, ...]  # where its answer may end, the best one first
+
+
+def lay_out(renderer: Renderer, conversation: Conversation) -> list[Layout]:
+    """All texts of a conversation. Raises RecordError where the template loses or changes what was written."""
+    _check_tools(renderer, conversation)
+    escaped, stand_ins = _without_control_text(renderer, conversation)
+    work = _Renders(renderer, escaped)
+    turns = [_turn(work, number) for number, m in enumerate(escaped.messages) if m.role == "assistant"]
+    layouts: list[Layout] = []
+    first_owned = 0
+    for chain in _chains(turns):
+        last = chain[-1][0]
+        is_final = last is turns[-1]
+        text, end = last.text, last.number + 1
+        if is_final and end < len(escaped.messages):
+            whole = work.upto(len(escaped.messages))
+            if whole.startswith(last.text[: chain[-1][1].end]):
+                text, end = whole, len(escaped.messages)
+        answers = {turn.number: answer for turn, answer in chain}
+        layouts.append(_layout(work, text, first_owned, end, answers, stand_ins))
+        first_owned = end
+    if first_owned < len(escaped.messages):  # what follows the last answer, where that is then shown differently
+        whole = work.upto(len(escaped.messages))
+        layouts.append(_layout(work, whole, first_owned, len(escaped.messages), {}, stand_ins))
+    for character in stand_ins:
+        if any(json.dumps(character)[1:-1] in layout.text for layout in layouts):
+            raise RecordError("control text", f"the template escapes {stand_ins[character]!r} beyond recognition")
+    if stand_ins:
+        _check_control_text_is_only_text(renderer, conversation, layouts)
+    _check_nothing_joins(renderer, escaped, layouts)
+    return layouts
+
+
+def as_written(layout: Layout, text: str) -> str:
+    """A part of a layout's text with what the stand-ins stand for."""
+    for character, written in layout.stand_ins.items():
+        text = text.replace(character, written)
+    return text
+
+
+def _check_control_text_is_only_text(renderer: Renderer, conversation: Conversation, layouts: Sequence[Layout]) -> None:
+    """The template must not read what someone wrote: the same text must come out without stand-ins, as at inference."""
+    work = _Renders(renderer, conversation)
+    for layout in layouts:
+        shown, rendered = as_written(layout, layout.text), work.upto(len(layout.starts) - 1)
+        if shown != rendered:
+            at = common_length(shown, rendered)
+            raise RecordError(
+                "control text",
+                f"the template takes what a message says for its own syntax: …{_short(shown[max(at - 20, 0) :])}",
+            )
+
+
+def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Sequence[Layout]) -> None:
+    """No text of a message may make a mark together with its surroundings, as `/s` does between `<` and `>`."""
+    mark = renderer.mark_pattern
+    if mark is None:
+        return
+
+    def without_parts(text: str) -> str:
+        body = text.strip()
+        if not renderer.may_join(body):
+            return text
+        return text.replace(body, f"{_NO_MARK}{body[1:-1]}{_NO_MARK}" if len(body) > 1 else _NO_MARK, 1)
+
+    twin = _mapped(escaped, without_parts, without_parts)
+    if twin == escaped:
+        return
+    work = _Renders(renderer, twin)
+    for layout in layouts:
+        demanded = mark.findall(work.upto(len(layout.starts) - 1))
+        if mark.findall(layout.text) != demanded:
+            raise RecordError(
+                "control text", "what a message says becomes a control token between the template's words"
+            )
+
+
+def escape_text(renderer: Renderer, text: str) -> tuple[str, dict[str, str]]:
+    """A plain text with stand-ins for all that looks like a control or markup token, and what they stand for."""
+    stand_in_of = _stand_ins(renderer, text)
+    if not stand_in_of:
+        return text, {}
+    escaped = _pattern_of(stand_in_of).sub(lambda match: stand_in_of[match.group()], text)
+    return escaped, {character: written for written, character in stand_in_of.items()}
+
+
+class _Renders:
+    """Renders of prefixes of one conversation, each made once."""
+
+    def __init__(self, renderer: Renderer, conversation: Conversation) -> None:
+        self.renderer = renderer
+        self.messages = conversation.messages
+        self.tools = conversation.tools
+        self.plain = [renderer.plain(message) for message in conversation.messages]
+        self._upto: dict[int, str] = {}
+
+    def upto(self, end: int) -> str:
+        """The first `end` messages."""
+        if end not in self._upto:
+            self._upto[end] = self.renderer.apply(self.plain[:end], self.tools, generation_prompt=False)
+        return self._upto[end]
+
+    def prompt(self, end: int) -> str:
+        """The first `end` messages and the header of an answer."""
+        return self.renderer.apply(self.plain[:end], self.tools, generation_prompt=True)
+
+    def start_of_content(self, number: int, text: str) -> int:
+        """Where the content of a message begins in a text that goes on with it: where another content would differ."""
+        other = self.plain[number] | {"content": chr(_STAND_IN_BASES[1] + _STAND_INS_PER_BASE)}
+        rendered = self.renderer.apply([*self.plain[:number], other], self.tools, generation_prompt=False)
+        return common_length(rendered, text)
+
+
+def _turn(work: _Renders, number: int) -> _Turn:
+    header, text = work.prompt(number), work.upto(number + 1)
+    if not text.startswith(header):
+        raise RecordError(
+            "template contradicts itself",
+            f"message {number + 1}: the prompt for it is not how its own rendering begins, so no answer of the model "
+            f"could look like it: the prompt ends in {_short(header[-60:])}",
+        )
+    return _Turn(number, header, text, _answer_ends(work, number, len(header), text))
+
+
+def _chains(turns: Sequence[_Turn]) -> Iterator[list[tuple[_Turn, Answer]]]:
+    """Group turns of which each finds the ones before it, word for word, in its own context."""
+    chain: list[tuple[_Turn, Answer]] = []
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        kept = [end for end in turn.ends if following and following.header.startswith(turn.text[:end])]
+        chain.append((turn, Answer(len(turn.header), kept[0] if kept else turn.ends[0])))
+        if not kept:
+            yield chain
+            chain = []
+
+
+def _layout(
+    work: _Renders, text: str, first_owned: int, end: int, answers: dict[int, Answer], stand_ins: dict[str, str]
+) -> Layout:
+    """Find where each message lies in `text`, and check that those it owns are all there."""
+    starts, header = [0], work.renderer.answer_header
+    for number in range(1, end):
+        answer = answers.get(number)
+        if answer and header and text.endswith(header, 0, answer.start):
+            start = answer.start - len(header)  # saves a render
+        else:
+            start = _boundary(work, text, number, is_owned=number >= first_owned)
+        before = answers.get(number - 1)
+        starts.append(max(starts[-1], start, before.end if before else 0))
+    starts.append(len(text))
+    contents = {}
+    for number in range(first_owned, end):
+        if number not in answers:
+            contents[number] = _content(work, text, number, starts[number], starts[number + 1])
+    _check_nothing_is_hidden(work, first_owned, end)
+    return Layout(text, tuple(starts), answers, contents, stand_ins)
+
+
+def _boundary(work: _Renders, text: str, number: int, *, is_owned: bool) -> int:
+    """Where message `number` begins; 0 where the template gives no answer: it then shares the span before it."""
+    try:
+        before = work.upto(number)
+    except RecordError:
+        return 0  # some templates refuse a lone system message
+    if text.startswith(before):
+        return len(before)
+    if not is_owned or work.messages[number].role == "assistant":
+        return 0
+    try:
+        return work.start_of_content(number, text)
+    except RecordError:
+        return 0
+
+
+def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tuple[int, int]:
+    """Characters of a message's content. Raises RecordError where the template has dropped or changed it."""
+    written = work.messages[number].content or ""
+    forms = [json.dumps(form, ensure_ascii=False)[1:-1] for form in (written, written.strip())]
+    for form in dict.fromkeys((written, written.strip(), *forms)):
+        at = text.rfind(form, start, end)
+        if at >= 0:
+            return at, at + len(form)
+        if form in text:  # merged into another message, as some templates do with the system message
+            return start, start
+    raise RecordError(
+        "template drops a message",
+        f"message {number + 1} ({work.messages[number].role}) is not in the rendered text: {_short(written)}",
+    )
+
+
+def _check_nothing_is_hidden(work: _Renders, first: int, end: int) -> None:
+    roles = tuple(message.role for message in work.messages[:end])
+    for number in sorted(work.renderer.hidden_messages(roles)):
+        if number >= first and work.messages[number].content and roles[number] != "assistant":
+            raise RecordError(
+                "template drops a message", f"message {number + 1}: the template does not write {roles[number]} there"
+            )
+
+
+def _answer_ends(work: _Renders, number: int, start: int, text: str) -> tuple[int, ...]:
+    """Ends of the stop token: after a control token behind all that the author wrote. Raises RecordError if none."""
+    message, controls = work.messages[number], work.renderer.control_texts
+    pattern = work.renderer.control_pattern
+    matches = list(pattern.finditer(text, start)) if pattern is not None else []
+    for place, match in enumerate(matches):
+        if not _is_answer(work.renderer, message, text[start : match.start()]):
+            continue
+        if message.tool_calls:
+            # The syntax of calls may close with several control tokens; the last one is the stop token.
+            return (matches[-1].end(),)
+        end = match.end()
+        for following in matches[place + 1 :]:
+            if following.start() != end:
+                break
+            end = following.end()
+        return tuple(dict.fromkeys((end, match.end())))
+    rendered = text[start:]
+    if not matches:
+        example = f"; of the tokenizer's control tokens {', '.join(controls[:3])} could do" if controls else ""
+        raise RecordError(
+            "no stop token",
+            f"message {number + 1}: the template puts no control token after the answer ({_short(rendered)}), so the "
+            "model would not learn to stop: end assistant messages with eos_token in the template, or name the "
+            f"template's own end marker in model.control_tokens{example}",
+        )
+    if message.reasoning and message.reasoning.strip() not in rendered:
+        raise RecordError(
+            "template drops a message", f"message {number + 1}: the template does not write the reasoning of the answer"
+        )
+    raise RecordError(
+        "template changes the answer",
+        f"message {number + 1}: written {_short(message.content or '')}, rendered {_short(rendered)}",
+    )
+
+
+def _is_answer(renderer: Renderer, message: Message, body: str) -> bool:
+    """Whether a rendered output is what was written.
+
+    Without tool calls: the same text but for white space around its parts, between nothing but tokens of the template
+    (an empty <think></think>, the name of a channel between two control tokens); words of its own it may not add.
+    With them the syntax is the template's: reasoning and content, then every name and every argument, in this order.
+    """
+    parts = [message.reasoning or "", message.content or ""]
+    if not message.tool_calls:
+        if not message.reasoning and body.strip() == parts[1].strip():
+            return True
+        expected = [piece for part in parts for piece in renderer.between_marks(part)]
+        found = renderer.between_marks(renderer.without_channels(body))
+        return found == expected
+    at = 0
+    for part in parts:
+        at = body.find(part.strip(), at)
+        if at < 0:
+            return False
+        at += len(part.strip())
+    at = 0
+    for call in message.tool_calls:
+        at = body.find(call.name, at)
+        if at < 0 or not all(_is_shown(leaf, body) for leaf in _leaves(call.arguments)):
+            return False
+    return True
+
+
+def _is_shown(leaf: str, body: str) -> bool:
+    forms = (leaf, json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1])
+    return any(form in body for form in forms)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Keys and values of a tree of arguments as they appear in text."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_tools(renderer: Renderer, conversation: Conversation) -> None:
+    if conversation.tools and not renderer.shows_tools:
+        raise RecordError(
+            "template drops a message", "the record offers tools, which the template does not write; give a template "
+            "with tools (data.chat_template)"
+        )  # fmt: skip
+    if any(message.tool_calls for message in conversation.messages) and not renderer.shows_tool_calls:
+        raise RecordError("template drops a message", "the template does not write tool calls")
+
+
+def _without_control_text(renderer: Renderer, conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
+    """Replace text that looks like a control token by single stand-in characters, everywhere.
+
+    Markup tokens (added, not special: <think>, <tool_call>) are part of what a model writes, so they stay
+    tokens in assistant messages and become text in all others.
+    """
+    stand_in_of = _stand_ins(renderer, "\n".join(_all_texts(conversation)))
+    if not stand_in_of:
+        return conversation, {}
+    everywhere = _pattern_of(stand_in_of)
+    control = [text for text in stand_in_of if text in renderer.control_texts]
+    in_answers = _pattern_of(control) if control else re.compile("(?!)")
+    escaped = _mapped(
+        conversation,
+        lambda text: in_answers.sub(lambda match: stand_in_of[match.group()], text),
+        lambda text: everywhere.sub(lambda match: stand_in_of[match.group()], text),
+    )
+    return escaped, {character: text for text, character in stand_in_of.items()}
+
+
+def _mapped(
+    conversation: Conversation, of_answers: Callable[[str], str], of_others: Callable[[str], str]
+) -> Conversation:
+    """A conversation with every text changed."""
+
+    def mapped(value: Any, change: Callable[[str], str]) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, dict):
+            return {mapped(key, change): mapped(item, change) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(mapped(item, change) for item in value)
+        return value
+
+    messages = []
+    for message in conversation.messages:
+        change = of_answers if message.role == "assistant" else of_others
+        calls = tuple(
+            ToolCall(change(call.name), mapped(call.arguments, change), mapped(call.id, change))
+            for call in message.tool_calls
+        )
+        messages.append(
+            replace(
+                message,
+                content=mapped(message.content, change),
+                reasoning=mapped(message.reasoning, change),
+                tool_calls=calls,
+                name=mapped(message.name, change),
+                tool_call_id=mapped(message.tool_call_id, change),
+            )
+        )
+    return replace(conversation, messages=tuple(messages), tools=mapped(conversation.tools, of_others))
+
+
+def _stand_ins(renderer: Renderer, written: str) -> dict[str, str]:
+    """A private-use character that is not in `written` for every control or markup text that is."""
+    found = renderer.marks_in(written)
+    if not found:
+        return {}
+    base = next((b for b in _STAND_IN_BASES if not any(b <= ord(c) < b + _STAND_INS_PER_BASE for c in written)), None)
+    if base is None or len(found) > _STAND_INS_PER_BASE:
+        raise RecordError("private-use text", "it has control-token text and characters of both private-use planes")
+    return {text: chr(base + i) for i, text in enumerate(found)}
+
+
+def _pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
+def _all_texts(conversation: Conversation) -> Iterator[str]:
+    for message in conversation.messages:
+        yield message.content or ""
+        yield message.reasoning or ""
+        yield message.name or ""
+        yield message.tool_call_id or ""
+        for call in message.tool_calls:
+            yield call.name
+            yield call.id or ""
+            yield from texts_of(call.arguments)
+    yield from texts_of(conversation.tools)
+
+
+def common_length(a: str, b: str) -> int:
+    """Characters that two texts share at their beginning."""
+    return len(os.path.commonprefix([a, b]))  # noqa: RUF071 - of characters is what is wanted
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:40] + " … " + text[-15:])

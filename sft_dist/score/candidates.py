@@ -1,0 +1,394 @@
+"""Scores of given candidate answers to one prompt: p(y | x) of each, the prompt computed once.
+
+A record is {"prompt": text or messages, "candidates": [text, …]} with an optional "id" and "tools". Each candidate is
+rendered as the conversation that ends with it, by the code that renders every other conversation, so that its tokens
+and spans are verified alike. Where the tokens before the answer are the same for all candidates (they are, unless a
+template looks ahead), the candidates branch off one prompt; otherwise each is computed on its own.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from sft_dist.config import DataConfig, SourceConfig
+from sft_dist.data import formats
+from sft_dist.data.conversation import RecordError
+from sft_dist.data.formats import Row
+from sft_dist.data.parsing import parse
+from sft_dist.data.records import convert
+from sft_dist.data.renderer import Renderer
+from sft_dist.data.rendering import render
+from sft_dist.data.sample import Int32
+from sft_dist.distributed import collectives
+from sft_dist.errors import ConfigError, DataError
+from sft_dist.model import probe
+from sft_dist.model.attention import SPLIT
+from sft_dist.model.batch import Tree, collate_trees
+from sft_dist.model.engine import Engine
+from sft_dist.score.forwards import Layout, Logprobs, logprobs
+from sft_dist.score.summary import Tally
+from sft_dist.score.tokens import TokenTexts
+from sft_dist.train.evaluate import turn_logprobs
+
+_NAMED_FAULTS = 10
+# Of a prompt, when the tree layout is checked against the model's own forward.
+_PROBED_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and the candidate answers to it, or what is wrong with the record."""
+
+    row: Row
+    id: str
+    prompt: tuple[Any, ...] = ()  # messages as the record has them
+    tools: Any = None
+    candidates: tuple[str, ...] = ()
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The tokens of a question: one prompt for all candidates, or one for each."""
+
+    prompts: tuple[Int32, ...]
+    outputs: tuple[Int32, ...]  # content and stop token of each candidate
+
+    @property
+    def is_shared(self) -> bool:
+        return len(self.prompts) == 1
+
+    def prompt(self, candidate: int) -> Int32:
+        return self.prompts[0 if self.is_shared else candidate]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer together."""
+        return max(len(self.prompt(number)) + len(output) for number, output in enumerate(self.outputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Records in input order."""
+
+    first: int
+    questions: tuple[Question, ...]
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.questions)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One row: some neighbouring candidates of one question."""
+
+    question: int  # number in the block
+    first_candidate: int
+    tree: Tree
+
+
+def is_candidates(sources: Sequence[SourceConfig]) -> bool:
+    """Whether the first record of the sources has candidates. Raises DataError where only some sources do."""
+    kinds = {source.path: _has_candidates(source) for source in sources}
+    if len(set(kinds.values())) > 1:
+        with_them, without = ([path for path, has in kinds.items() if has is kind] for kind in (True, False))
+        raise DataError(
+            f"{', '.join(with_them)}: the first record has `candidates`; that of {', '.join(without)} has not; "
+            "score prompts with candidates and conversations apart"
+        )
+    return any(kinds.values())
+
+
+def _has_candidates(source: SourceConfig) -> bool:
+    try:
+        return any("candidates" in _fields(row) for row in islice(_read_rows(source), 1))
+    except RecordError:
+        return False
+
+
+def _read_rows(source: SourceConfig, first_index: int = 0) -> Iterator[Row]:
+    """Rows of a source whose format need not be told: it is none of those that can be trained on."""
+    return formats.read_rows(source.model_copy(update={"format": "messages"}), first_index)
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return parse(row.payload, row.path, row.place)
+
+
+class Candidates:
+    """Prompts with candidates as a scoring job."""
+
+    unit = "prompts"
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        data: DataConfig,
+        renderer: Renderer,
+        *,
+        texts: TokenTexts | None,
+    ) -> None:
+        """Reads all once. Raises DataError for records of another form, unless data.on_bad_record is `refuse`."""
+        self._sources = sources
+        self._renderer = renderer
+        self._texts = texts
+        self._max_length = data.max_length
+        self._refuses = data.on_bad_record == "refuse"
+        self.num_items = 0
+        faults: list[str] = []
+        for question in self._questions():
+            self.num_items += 1
+            if question.fault is not None and len(faults) <= _NAMED_FAULTS:
+                faults.append(f"{question.row.where}: {question.fault}")
+        if not self.num_items:
+            raise DataError(f"{', '.join(source.path for source in sources)}: no records")
+        self._complain(faults)
+        content = [[formats.source_name(source), formats.source_fingerprint(source)] for source in sources]
+        key = json.dumps([renderer.fingerprint, content])
+        self.identity = {"data": hashlib.sha256(key.encode()).hexdigest()[:16], "roles": "candidates"}
+
+    def blocks(self, first: int, num_items: int) -> Iterator[Block]:
+        """The records from `first` on, as many at a time as have about `num_items` candidates."""
+        questions: list[Question] = []
+        num_candidates = 0
+        for question in islice(self._questions(), first, None):
+            questions.append(question)
+            num_candidates += max(len(question.candidates), 1)
+            if num_candidates >= num_items:
+                yield Block(first, tuple(questions))
+                first += len(questions)
+                questions, num_candidates = [], 0
+        if questions:
+            yield Block(first, tuple(questions))
+
+    def check(self, engine: Engine, block: Block) -> str:
+        """Raise ConfigError unless candidates on one prompt score as the model's own forward does. A collective."""
+        renders = (_attempt(self._renderer, question) for question in block.questions)
+        rendered = next((r for r in renders if isinstance(r, Rendered) and r.longest <= self._max_length), None)
+        if rendered is None:
+            return "no prompt with candidates that fit, by which the model could be checked"
+        prompt = rendered.prompt(0)[-_PROBED_TOKENS:]
+        outputs = tuple(output[:_PROBED_TOKENS] for output in rendered.outputs[:2])
+        trees = [Tree(prompt, outputs)] if _is_split(engine) else [Tree(prompt, (output,)) for output in outputs]
+        found = [value for _, _, values in turn_logprobs(engine, collate_trees(trees)) for value in values.tolist()]
+        alone = [
+            value
+            for output in outputs
+            for value in probe.plain_logprobs(engine.causal_lm, np.concatenate([prompt, output]))[len(prompt) - 1 :]
+        ]
+        difference = float(np.abs(np.array(found) - np.array(alone)).max())
+        bound = probe.ROUNDING[engine.causal_lm.dtype]
+        if not difference <= bound:
+            raise ConfigError(
+                f"model.path: candidates on a shared prompt score differently from the model's own forward, by "
+                f"{difference:.3g} (at most {bound:.3g} is rounding); set model.attention: eager, under which each "
+                "candidate is computed on its own"
+            )
+        how = f"log-probs of candidates equal the model's own, one at a time, to {difference:.1e}"
+        if _is_split(engine):
+            return how
+        return f"{how}; this model's attention cannot share a prompt: each candidate is computed on its own"
+
+    def score(
+        self, engine: Engine, layout: Layout, block: Block, advance: Callable[[float], None]
+    ) -> tuple[list[dict[str, Any]], Tally]:
+        """The lines of a block in input order, and their sums. A collective; only rank 0 makes lines."""
+        rendered = self._render_together(block.questions, layout)
+        items = list(self._items(rendered, can_share=_is_split(engine)))
+        answers = logprobs(
+            engine,
+            layout,
+            [item.tree.num_tokens for item in items],
+            lambda pack: collate_trees([items[number].tree for number in pack]),
+            advance,
+        )
+        if not layout.world.is_main:
+            return [], Tally()
+        found: Logprobs = {
+            (items[item].question, items[item].first_candidate + branch): values
+            for (item, branch), values in answers.items()
+        }
+        lines = [
+            self._line(question, answer, [found.get((number, i)) for i in range(len(question.candidates))])
+            for number, (question, answer) in enumerate(zip(block.questions, rendered, strict=True))
+        ]
+        return lines, self._tally(rendered, items, lines)
+
+    def summary(self, names: Sequence[str], tallies: Sequence[Tally]) -> Iterator[str]:
+        counts = tallies[0].counts
+        yield f"scored {counts['candidates']:,} candidates of {counts['prompts']:,} prompts"
+        for name, tally in zip(names, tallies, strict=True):
+            computed, separate = tally.counts["tokens computed"], tally.counts["tokens of separate passes"]
+            yield f"  {name}: {computed:,} tokens computed; one pass for each candidate would take {separate:,}"
+        if apart := counts["prompts that differ"]:
+            yield f"  {apart:,} prompts read differently before different candidates: those were computed separately"
+
+    def left_out(self, tally: Tally) -> dict[str, int]:
+        reasons = {name: tally.counts[name] for name in ("too long", "bad record")}
+        return {name: count for name, count in reasons.items() if count}
+
+    def _questions(self) -> Iterator[Question]:
+        index = 0
+        for source in self._sources:
+            for row in _read_rows(source, index):
+                index = row.index + 1
+                yield _question(row)
+
+    def _complain(self, faults: Sequence[str]) -> None:
+        if faults and not self._refuses:
+            named = "\n".join(f"  {fault}" for fault in faults[:_NAMED_FAULTS])
+            more = "\n  and more" if len(faults) > _NAMED_FAULTS else ""
+            raise DataError(
+                f"records that cannot be scored:\n{named}{more}\n"
+                "  mend them, or set data.on_bad_record: refuse to leave such records out, counted and named"
+            )
+
+    def _render_together(self, questions: Sequence[Question], layout: Layout) -> list[Rendered | str]:
+        """The tokens of every question, or why there are none. A collective: each rank renders its share."""
+        world = layout.world
+        mine = [_attempt(self._renderer, question) for question in questions[world.rank :: world.size]]
+        parts = [iter(part) for part in collectives.gather(mine)]
+        rendered = [next(parts[number % world.size]) for number in range(len(questions))]
+        self._complain(
+            [
+                f"{question.row.where}: {answer}"
+                for question, answer in zip(questions, rendered, strict=True)
+                if isinstance(answer, str)
+            ]
+        )
+        return rendered
+
+    def _items(self, rendered: Sequence[Rendered | str], *, can_share: bool) -> Iterator[_Item]:
+        for number, question in enumerate(rendered):
+            if isinstance(question, str) or question.longest > self._max_length:
+                continue
+            if can_share and question.is_shared:
+                for first, end in _rows(question, self._max_length):
+                    yield _Item(number, first, Tree(question.prompts[0], question.outputs[first:end]))
+                continue
+            for candidate, output in enumerate(question.outputs):
+                yield _Item(number, candidate, Tree(question.prompt(candidate), (output,)))
+
+    def _line(self, question: Question, rendered: Rendered | str, values: Sequence[Any]) -> dict[str, Any]:
+        line: dict[str, Any] = {"id": question.id, "index": question.row.index, "source": question.row.source}
+        if isinstance(rendered, str):
+            return line | {"left_out": rendered, "candidates": []}
+        if rendered.longest > self._max_length:
+            limit = f"{rendered.longest:,} tokens, data.max_length is {self._max_length:,}"
+            return line | {"left_out": limit, "candidates": []}
+        sums = np.array([float(part.sum(dtype=np.float64)) for part in values])  # nats [K]
+        ranks = np.empty(len(sums), np.int64)
+        ranks[np.argsort(-sums, kind="stable")] = np.arange(1, len(sums) + 1)
+        shares = np.exp(sums - sums.max())
+        shares /= shares.sum()
+        entries = []
+        for output, part, total, place, share in zip(rendered.outputs, values, sums, ranks, shares, strict=True):
+            entry: dict[str, Any] = {
+                "num_tokens": len(output),
+                "logprob": float(total),
+                "rank": int(place),
+                "posterior": float(share),
+            }
+            if self._texts is not None:
+                entry["tokens"] = self._texts.described(output, part)
+            entries.append(entry)
+        return line | {"num_prompt_tokens": max(map(len, rendered.prompts)), "candidates": entries}
+
+    def _tally(
+        self, rendered: Sequence[Rendered | str], items: Sequence[_Item], lines: Sequence[dict[str, Any]]
+    ) -> Tally:
+        scored = [
+            answer
+            for answer, line in zip(rendered, lines, strict=True)
+            if isinstance(answer, Rendered) and "left_out" not in line
+        ]
+        bad = sum(isinstance(answer, str) for answer in rendered)
+        return Tally(
+            {
+                "prompts": len(scored),
+                "candidates": sum(len(answer.outputs) for answer in scored),
+                "tokens computed": sum(item.tree.num_tokens for item in items),
+                "tokens of separate passes": sum(
+                    len(answer.prompt(number)) + len(output) - 1
+                    for answer in scored
+                    for number, output in enumerate(answer.outputs)
+                ),
+                "prompts that differ": sum(not answer.is_shared for answer in scored),
+                "too long": len(lines) - len(scored) - bad,
+                "bad record": bad,
+            }
+        )
+
+
+def _question(row: Row) -> Question:
+    try:
+        record = _fields(row)
+        identity = row.default_id if record.get("id") is None else str(record["id"])
+    except RecordError as error:
+        return Question(row, row.default_id, fault=str(error))
+    prompt, candidates = record.get("prompt"), record.get("candidates")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages:
+        return Question(row, identity, fault="no prompt: `prompt` must be text or a list of messages")
+    if (
+        not isinstance(candidates, list)
+        or not candidates
+        or not all(isinstance(candidate, str) for candidate in candidates)
+    ):
+        return Question(row, identity, fault="no candidates: `candidates` must be a list of one text or more")
+    return Question(row, identity, tuple(messages), record.get("tools"), tuple(candidates))
+
+
+def _attempt(renderer: Renderer, question: Question) -> Rendered | str:
+    """The tokens of a question, or what is wrong with it."""
+    if question.fault is not None:
+        return question.fault
+    try:
+        return _rendered(renderer, question)
+    except RecordError as error:
+        return str(error)
+
+
+def _rendered(renderer: Renderer, question: Question) -> Rendered:
+    row = question.row
+    records = []
+    for candidate in question.candidates:
+        messages = [*question.prompt, {"role": "assistant", "content": candidate}]
+        tools = {} if question.tools is None else {"tools": question.tools}
+        fields = {"messages": messages} | tools
+        records.append(
+            convert(fields, "messages", index=row.index, source=row.source, where=row.where, default_id=row.default_id)
+        )
+    prompts, outputs = [], []
+    for number, samples in enumerate(render(renderer, records), start=1):
+        if isinstance(samples, RecordError):
+            raise RecordError(samples.reason, f"candidate {number}: {samples.detail}")
+        # The answer is the last message; one sample of the conversation owns it.
+        last = max(span.message for sample in samples for span in sample.spans)
+        sample, span = next((s, p) for s in samples for p in s.spans if p.message == last and p.is_owned)
+        prompts.append(sample.ids[: span.output_start])
+        outputs.append(sample.ids[span.output_start : span.output_end])
+    if all(np.array_equal(prompt, prompts[0]) for prompt in prompts):
+        prompts = prompts[:1]
+    return Rendered(tuple(prompts), tuple(outputs))
+
+
+def _rows(question: Rendered, max_length: int) -> Iterator[tuple[int, int]]:
+    """Ranges of candidates that fit into one row with the prompt before them."""
+    first, used = 0, len(question.prompts[0]) - 1
+    for candidate, output in enumerate(question.outputs):
+        if candidate > first and used + len(output) > max_length:
+            yield first, candidate
+            first, used = candidate, len(question.prompts[0]) - 1
+        used += len(output)
+    yield first, len(question.outputs)
+
+
+def _is_split(engine: Engine) -> bool:
+    return bool(engine.causal_lm.config._attn_implementation == SPLIT)

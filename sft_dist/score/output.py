@@ -1,0 +1,158 @@
+"""The output while it grows, on rank 0: one partial file a model, and a journal by which the same command continues.
+
+    OUTPUT.partial-1, -2, …   lines of each model; what lies beyond the bytes that the journal names does not count
+    OUTPUT.journal            what is scored with what; of each model: how many samples, bytes, sums for the summary
+
+A block's lines are on disk before the journal names them, and the output appears by one rename at the end, so that
+a kill at any instant costs one block at most.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sft_dist.errors import ClusterError, ConfigError, StorageError
+from sft_dist.score.summary import Tally
+from sft_dist.train.checkpoint import write_json
+
+# What every line says of its conversation, whichever model scores it.
+_HEAD = ("id", "index", "source", "left_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How far one model is."""
+
+    num_done: int = 0  # samples, or records of candidates
+    num_bytes: int = 0
+    is_whole: bool = False
+    tally: Tally = field(default_factory=Tally)
+
+
+class GrowingOutput:
+    """The partial files of one output, locked against a second process as long as this one lives."""
+
+    def __init__(self, output: Path, settings: dict[str, Any], num_parts: int) -> None:
+        """Continue what a run with the same settings left, or start anew.
+
+        Raises ConfigError where another command left something, ClusterError where a process is writing it now.
+        """
+        self.output = output
+        self._settings = settings
+        self._journal = output.with_name(output.name + ".journal")
+        self._paths = [output.with_name(f"{output.name}.partial-{number + 1}") for number in range(num_parts)]
+        with self._storage():
+            self._parts_left_behind()  # another command's output is told before anything is touched
+            self._files = [_locked(path, output) for path in self._paths]
+            self.parts = self._parts_left_behind() or [Part()] * num_parts
+            for path, file, part in zip(self._paths, self._files, self.parts, strict=True):
+                if os.fstat(file.fileno()).st_size < part.num_bytes:
+                    raise StorageError(f"{path}: shorter than {self._journal} says; remove both to start anew")
+                file.truncate(part.num_bytes)
+                file.seek(part.num_bytes)
+
+    def append(self, number: int, lines: Sequence[dict[str, Any]], tally: Tally, *, num_done: int) -> None:
+        """Add the lines of one block of one model; they count when this returns."""
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        part, file = self.parts[number], self._files[number]
+        with self._storage():
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            self.parts[number] = replace(
+                part, num_done=num_done, num_bytes=part.num_bytes + len(content), tally=part.tally + tally
+            )
+            self._write_journal()
+
+    def finish(self, number: int) -> None:
+        """No block of this model is left."""
+        self.parts[number] = replace(self.parts[number], is_whole=True)
+        with self._storage():
+            self._write_journal()
+
+    def publish(self, names: Sequence[str]) -> None:
+        """Put the whole output in place: the lines of one model, or those of several side by side under `models`."""
+        with self._storage():
+            whole = self._paths[0] if len(self._paths) == 1 else self._merged(names)
+            os.replace(whole, self.output)
+            self._journal.unlink(missing_ok=True)
+            for path in self._paths:
+                path.unlink(missing_ok=True)
+
+    def _merged(self, names: Sequence[str]) -> Path:
+        temporary = self.output.with_name(self.output.name + ".tmp")
+        with open(temporary, "wb") as file:
+            for texts in zip(*(open(path, "rb") for path in self._paths), strict=True):  # noqa: SIM115 - few files
+                lines = [json.loads(text) for text in texts]
+                head = {key: value for key, value in lines[0].items() if key in _HEAD}
+                scores = [{key: value for key, value in line.items() if key not in _HEAD} for line in lines]
+                merged = head | {"models": dict(zip(names, scores, strict=True))}
+                file.write(json.dumps(merged, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return temporary
+
+    def _parts_left_behind(self) -> list[Part] | None:
+        if not self._paths[0].exists():
+            # A kill between the two steps of publishing leaves a journal of an output that is in place.
+            self._journal.unlink(missing_ok=True)
+            return None
+        try:
+            journal = json.loads(self._journal.read_text())
+            before = journal["settings"]
+            parts = [Part(**part | {"tally": Tally(**part["tally"])}) for part in journal["parts"]]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{self._journal}: not readable ({error}); remove it to start anew") from None
+        keys = [key for key in before.keys() | self._settings.keys() if before.get(key) != self._settings.get(key)]
+        if keys:
+            changed = "\n".join(
+                f"  {key}: {before.get(key)!r} there, {self._settings.get(key)!r} now" for key in sorted(keys)
+            )
+            raise ConfigError(
+                f"--output: {self.output}: another command has begun to score into it:\n{changed}\n"
+                f"  finish that one, choose another output, or remove {self._journal} to start anew"
+            )
+        return parts
+
+    def _write_journal(self) -> None:
+        write_json(self._journal, {"settings": self._settings, "parts": [asdict(part) for part in self.parts]})
+
+    @contextmanager
+    def _storage(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"--output: {self.output}: cannot be written: {error.strerror or error}") from error
+
+
+def check_writable(output: Path) -> None:
+    """Raise StorageError before any work where nothing could be written in the end."""
+    if output.is_dir():
+        raise StorageError(f"--output: {output}: is a folder; name a file")
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from error
+
+
+def _locked(path: Path, output: Path) -> BinaryIO:
+    """The file, open for writing, held by this process alone; the operating system lets go of it with the process."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except BlockingIOError:
+        is_ours = False
+    if not is_ours:
+        raise ClusterError(f"--output: {output}: another process is scoring into it")
+    return file
