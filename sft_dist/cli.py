@@ -66,7 +66,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
         case "prepare":
             from sft_dist import preparation
 
-            return preparation.run(_config(options))
+            return preparation.run(_config(options), os.environ)
         case "inspect":
             from sft_dist import inspection
 

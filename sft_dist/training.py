@@ -7,10 +7,11 @@ from typing import Any
 
 from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
+from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, UserError, say
-from sft_dist.preparation import heldout_set, say_left_out, training_set, write_left_out
+from sft_dist.preparation import heldout_set, say_left_out, share_of, training_set, write_left_out
 
 
 def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
@@ -21,7 +22,7 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     run_dir = Path(config.run_dir)
     lock = rundir.RunLock(run_dir) if world.is_main else None
     try:
-        exit_code = _train(config, world)
+        exit_code = _train(config, world, share_of(world, env))
     except BaseException as error:
         from sft_dist.session import for_people
 
@@ -39,13 +40,13 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     return exit_code
 
 
-def _train(config: RunConfig, world: World) -> ExitCode:
+def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
     from sft_dist.session import close_session
     from sft_dist.train import rundir
 
     # Before any process group exists, so that no collective waits for a tokeniser.
-    selection, plan = training_set(config)
-    heldout = heldout_set(config)
+    selection, plan = training_set(config, share)
+    heldout = heldout_set(config, share)
     run_dir = Path(config.run_dir)
     if world.is_main:
         sets = {"train": selection} | ({"heldout": heldout} if heldout is not None else {})

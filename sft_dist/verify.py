@@ -22,7 +22,7 @@ from sft_dist.data.renderer import load_renderer
 from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ExitCode
-from sft_dist.preparation import training_set
+from sft_dist.preparation import share_of, training_set
 from sft_dist.training import initial_weights
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, num: int) -> ExitCode:
     world = find_world(env)
     # Noise would differ between layouts on purpose.
     config = config.model_copy(update={"objective": config.objective.model_copy(update={"neftune_alpha": 0.0})})
-    selection, _ = training_set(config)
+    selection, _ = training_set(config, share_of(world, env))
     chosen = choose(selection, num)
     weights = initial_weights(config)
 
