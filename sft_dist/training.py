@@ -162,7 +162,7 @@ def initial_weights(config: RunConfig) -> Path | None:
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
     say(
-        f"{plan.num_samples:,} conversations, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
+        f"{plan.num_samples:,} samples, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
         f"{plan.num_packs:,} packs of {config.data.max_length:,} (fill {plan.fill:.1%}); {plan.num_steps:,} steps of "
         f"{plan.global_packs:,} packs on {world.size:,} rank(s)"
     )
