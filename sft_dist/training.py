@@ -11,7 +11,7 @@ from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, UserError, say
-from sft_dist.preparation import heldout_set, say_left_out, share_of, training_set, write_left_out
+from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
 
 
 def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
@@ -51,6 +51,8 @@ def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
     if world.is_main:
         sets = {"train": selection} | ({"heldout": heldout} if heldout is not None else {})
         say_left_out(sets, config)
+        if heldout is not None:
+            say_overlap(selection, heldout)
         write_left_out(sets, run_dir / "left_out.jsonl")
         _say_plan(config, world, plan)
     result = _with_group(config, world, selection, plan, heldout)
