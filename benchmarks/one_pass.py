@@ -5,7 +5,8 @@
 
 Both ways score the same turns by the same model and attention: one forward over the whole conversation, or K forwards,
 one for each turn with everything before it (as serving the dialogue would, without a cache). They are timed in turns
-inside one process, and the ratio is that of the medians. Beside the times: the largest difference of a turn's log-prob.
+inside one process, and the ratios are those of the medians, of wall time and of the processor time of this process,
+which other work on the machine disturbs less. Beside them: the largest difference of a turn's log-prob.
 """
 
 import argparse
@@ -109,25 +110,31 @@ def measure(
         "one_pass": [collate([whole]) for whole in wholes],
         "k_passes": [collate([prefix]) for whole in wholes for prefix in prefixes(whole)],
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}  # (wall, processor)
     scores: dict[str, list[float]] = {}
     for repeat in range(repeats + 1):
         for name, batches in ways.items():
-            started = time.perf_counter()
+            started = (time.perf_counter(), time.process_time())
             scores[name] = turn_scores(model, batches)
             if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - started)
+                times[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
     tokens = {name: sum(batch.input_ids.shape[1] for batch in batches) for name, batches in ways.items()}
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = {
+        kind: {name: statistics.median(pair[place] for pair in pairs) for name, pairs in times.items()}
+        for place, kind in enumerate(("wall", "processor"))
+    }
     differences = np.abs(np.array(scores["one_pass"]) - np.array(scores["k_passes"]))
     return {
         "turns": num_turns,
         "conversations": num_conversations,
         "tokens": tokens,
         "tokens_ratio": round(tokens["k_passes"] / tokens["one_pass"], 3),
-        "time_s": {name: [round(value, 4) for value in values] for name, values in times.items()},
-        "median_s": {name: round(value, 4) for name, value in medians.items()},
-        "time_ratio": round(medians["k_passes"] / medians["one_pass"], 3),
+        "wall_and_processor_s": {
+            name: [[round(value, 4) for value in pair] for pair in pairs] for name, pairs in times.items()
+        },
+        "median_s": {kind: {name: round(v, 4) for name, v in of.items()} for kind, of in medians.items()},
+        "wall_ratio": round(medians["wall"]["k_passes"] / medians["wall"]["one_pass"], 3),
+        "processor_ratio": round(medians["processor"]["k_passes"] / medians["processor"]["one_pass"], 3),
         "largest_difference_nats": float(differences.max()),
     }
 
@@ -152,8 +159,8 @@ def main() -> None:
         row = measure(model, vocab_size, num_turns, options.repeats, options.conversations)
         rows.append(row)
         print(
-            f"K {num_turns:>2}  tokens x{row['tokens_ratio']:.2f}  time x{row['time_ratio']:.2f}  "
-            f"(one pass {row['median_s']['one_pass']:.2f} s, K passes {row['median_s']['k_passes']:.2f} s)  "
+            f"K {num_turns:>2}  tokens x{row['tokens_ratio']:.2f}  wall x{row['wall_ratio']:.2f}  "
+            f"processor x{row['processor_ratio']:.2f}  (one pass {row['median_s']['wall']['one_pass']:.2f} s)  "
             f"largest difference of a turn {row['largest_difference_nats']:.1e} nats",
             flush=True,
         )

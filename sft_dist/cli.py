@@ -66,7 +66,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
         case "prepare":
             from sft_dist import preparation
 
-            return preparation.run(_config(options))
+            return preparation.run(_config(options), os.environ)
         case "inspect":
             from sft_dist import inspection
 
@@ -76,6 +76,11 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             from sft_dist import training
 
             return training.run(config, os.environ)
+        case "verify":
+            config = _config(options)
+            from sft_dist import verify
+
+            return verify.run(config, os.environ, num=options.num)
         case "score":
             config = _config(options)
             from sft_dist.score import verb as score
@@ -154,6 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--id", help="show the conversation with this id")
     inspect.add_argument("--num", type=_positive, default=2, help="how many conversations to show (default 2)")
     _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
+    verify = _run_file_verb(verbs, "verify", "check rendering, packing, turns and layout on this model and data")
+    verify.add_argument("--num", type=_positive, default=8, help="how many conversations to take (default 8)")
     score = _run_file_verb(verbs, "score", "log-probability of every answer, as JSON Lines in input order; resumable")
     score.add_argument(
         "--model",

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sft_dist.config import ModelConfig
+from sft_dist.data.renderer import load_tokenizer
 from sft_dist.errors import ConfigError, ExitCode, StorageError
 from sft_dist.train import rundir
 from sft_dist.train.checkpoint import Checkpoint, find
@@ -36,10 +38,9 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        trust = config.model.trust_remote_code
-        chosen = _write_companions(config.model.path, checkpoint, temporary, dtype, trust)
+        chosen = _write_companions(config.model, checkpoint, temporary, dtype)
         num_bytes = _write_weights(checkpoint, temporary, chosen)
-        difference = _verify(checkpoint, temporary, chosen, trust)
+        difference = _verify(config.model, checkpoint, temporary, chosen)
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)
@@ -54,20 +55,25 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
     return ExitCode.DONE
 
 
-def _write_companions(base: str, checkpoint: Checkpoint, folder: Path, dtype: str | None, trust: bool) -> str:
+def _write_companions(model: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> str:
     """Configuration, generation settings, tokenizer and template; returns the name of the export's dtype."""
     import torch
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+    from sft_dist.model.loading import load_config, new_tokens
+
+    config = load_config(model, max_length=2)
     chosen = dtype or str(checkpoint.manifest["dtype"])
     config.dtype = getattr(torch, chosen)
+    added = new_tokens(model)
+    if added is not None:
+        config.get_text_config().vocab_size = added.num_rows(config)
     config.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)
+    tokenizer = load_tokenizer(model)
     tokenizer.chat_template = checkpoint.manifest["template"]
     tokenizer.save_pretrained(folder)
     try:
-        generation = GenerationConfig.from_pretrained(base)
+        generation = GenerationConfig.from_pretrained(model.path)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     # A tuned model must stop at the token it was trained to stop at, also where that is not the base model's eos.
@@ -117,21 +123,24 @@ def _assign_files(numel: dict[str, int], item_bytes: int) -> dict[str, str]:
     return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
 
 
-def _verify(checkpoint: Checkpoint, folder: Path, dtype: str, trust: bool) -> float:
+def _verify(source: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: str) -> float:
     """Load as a user would and compare; returns the largest difference of a probe token's log-prob."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sft_dist.model import zero
     from sft_dist.model.engine import stored_parameters
     from sft_dist.model.probe import ROUNDING, plain_logprobs
 
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust
+        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=source.trust_remote_code
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             raise StorageError(f"export: transformers reports {kind}: {sorted(map(str, report[kind]))[:5]}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    if tokenizer.get_vocab() != load_tokenizer(source).get_vocab():
+        raise StorageError("export: the tokenizer does not have the run's vocabulary after loading")
     loaded = dict(model.named_parameters())
     for name, value in stored_parameters(checkpoint.folder):
         if not torch.equal(loaded[name], value.to(loaded[name].dtype)):

@@ -53,10 +53,10 @@ def _load(model: str, which: str) -> tuple[Any, Any, list[int]]:
         config = ModelConfig(path=model)
     config = config.model_copy(update={"attention": "sdpa"})
     model_config = loading.load_config(config, max_length=2)
-    causal_lm = loading.load_causal_lm(config, model_config, dtype=compute_dtype(config), max_length=2)
-    template = None if found is None else str(found.manifest["template"])
-    tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
-    tokenizer.chat_template = template or template_text(tokenizer, None)
+    added = loading.new_tokens(config)
+    causal_lm = loading.load_causal_lm(config, model_config, added=added, dtype=compute_dtype(config), max_length=2)
+    tokenizer = load_tokenizer(config)
+    tokenizer.chat_template = template_text(tokenizer, None) if found is None else found.manifest["template"]
     if tokenizer.chat_template is None:
         raise ConfigError(f"--model: {model}: its tokenizer has no chat template")
     stop_ids = [tokenizer.eos_token_id]

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -12,23 +13,35 @@ from sft_dist.config import RunConfig
 from sft_dist.data import formats
 from sft_dist.data.packing import best_fit_decreasing
 from sft_dist.data.plan import Plan
-from sft_dist.data.prepare import prepare, summarise
+from sft_dist.data.prepare import ALONE, Share, prepare, summarise
 from sft_dist.data.selection import LeftOut, Policy, Selection
 from sft_dist.data.store import REFUSED, PreparedDataset
+from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, DataError, ExitCode, say
 
 _NAMED = 10
+# What tells one start of a job from another, as far as launchers say it.
+_STARTS = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 
 
-def run(config: RunConfig) -> ExitCode:
-    """Prepare all sources of a run file and say what is in them."""
+def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
+    """Prepare all sources of a run file, together with the other ranks if there are any, and say what is in them."""
+    world = find_world(env)
+    share = share_of(world, env)
     for name, sources in (("train", config.data.train), ("heldout", config.data.heldout)):
         if sources:
-            dataset = prepare(sources, config.model, config.data)
-            print(f"{name}:", describe(dataset, config), sep="\n")
+            dataset = prepare(sources, config.model, config.data, share)
+            if world.is_main:
+                print(f"{name}:", describe(dataset, config), sep="\n")
     if not config.data.train and not config.data.heldout:
         raise ConfigError("data.train and data.heldout are both empty: nothing to prepare")
     return ExitCode.DONE
+
+
+def share_of(world: World, env: Mapping[str, str]) -> Share:
+    """What this rank does of a preparation."""
+    start = (world.master_addr, str(world.master_port), *(env.get(name, "") for name in _STARTS))
+    return Share(world.rank, world.size, world.local_size, attempt=crc32("|".join(start).encode()))
 
 
 def policy(config: RunConfig) -> Policy:
@@ -44,11 +57,11 @@ def policy(config: RunConfig) -> Policy:
     )
 
 
-def training_set(config: RunConfig) -> tuple[Selection, Plan]:
+def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Plan]:
     """The training data and the plan over it. Raises DataError when nothing is left to train on."""
     if not config.data.train:
         raise ConfigError("data.train: required for training, but empty")
-    selection = Selection(prepare(config.data.train, config.model, config.data), policy(config))
+    selection = Selection(prepare(config.data.train, config.model, config.data, share), policy(config))
     _refuse_overflow(selection, config)
     repeat_of = {formats.source_name(source): source.repeat for source in config.data.train}
     try:
@@ -71,11 +84,11 @@ def training_set(config: RunConfig) -> tuple[Selection, Plan]:
     return selection, plan
 
 
-def heldout_set(config: RunConfig) -> Selection | None:
+def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
     """The held-out data, under the same policies. Raises DataError when nothing of it can be scored."""
     if not config.data.heldout:
         return None
-    selection = Selection(prepare(config.data.heldout, config.model, config.data), policy(config))
+    selection = Selection(prepare(config.data.heldout, config.model, config.data, share), policy(config))
     _refuse_overflow(selection, config)
     if not selection.num_targets.any():
         raise DataError(
@@ -102,6 +115,11 @@ def describe(dataset: PreparedDataset, config: RunConfig) -> str:
         f"  lengths        {percentiles}, longest {int(lengths.max()):,}",
         f"  packs          {len(packs):,} of {config.data.max_length:,} tokens, fill {fill:.1%}",
     ]
+    if manifest["num_split"]:
+        lines.append(f"  split          {manifest['num_split']:,} conversations lie in several samples each")
+    if manifest["num_duplicates"]:
+        what = "left out" if config.data.deduplicate else "kept; data.deduplicate leaves them out"
+        lines.append(f"  duplicates     {manifest['num_duplicates']:,} conversations are exact repetitions ({what})")
     lines += _by_source(selection)
     if manifest["num_refused"]:
         reasons = summarise(Counter(manifest["num_refused"]))

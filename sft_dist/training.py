@@ -7,10 +7,11 @@ from typing import Any
 
 from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
+from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, UserError, say
-from sft_dist.preparation import heldout_set, say_left_out, training_set, write_left_out
+from sft_dist.preparation import heldout_set, say_left_out, share_of, training_set, write_left_out
 
 
 def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
@@ -21,7 +22,7 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     run_dir = Path(config.run_dir)
     lock = rundir.RunLock(run_dir) if world.is_main else None
     try:
-        exit_code = _train(config, world)
+        exit_code = _train(config, world, share_of(world, env))
     except BaseException as error:
         from sft_dist.session import for_people
 
@@ -39,13 +40,13 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     return exit_code
 
 
-def _train(config: RunConfig, world: World) -> ExitCode:
+def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
     from sft_dist.session import close_session
     from sft_dist.train import rundir
 
     # Before any process group exists, so that no collective waits for a tokeniser.
-    selection, plan = training_set(config)
-    heldout = heldout_set(config)
+    selection, plan = training_set(config, share)
+    heldout = heldout_set(config, share)
     run_dir = Path(config.run_dir)
     if world.is_main:
         sets = {"train": selection} | ({"heldout": heldout} if heldout is not None else {})
@@ -87,7 +88,7 @@ def _with_group(config: RunConfig, world: World, selection: Selection, plan: Pla
         contract.check_world_size(resumed, world.size)
     if world.is_main:
         rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
-    initial = None if resumed is not None else _initial_weights(config)
+    initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)
     state = checkpoint.TrainState()
     if resumed is not None:
@@ -142,17 +143,26 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
             return checkpoint.read(Path(resume))
 
 
-def _initial_weights(config: RunConfig) -> Path | None:
+def initial_weights(config: RunConfig) -> Path | None:
+    """The checkpoint that model.init_from names. Raises ConfigError where its tokens are not this run's."""
     from sft_dist.train import checkpoint
 
     if config.model.init_from is None:
         return None
-    return checkpoint.find(Path(config.model.init_from), "last").folder
+    found = checkpoint.find(Path(config.model.init_from), "last")
+    before = tuple(found.manifest["config"].get("model.control_tokens") or ())
+    if before != config.model.control_tokens:
+        raise ConfigError(
+            f"model.init_from: {config.model.init_from} was trained with model.control_tokens: {list(before)}, this "
+            f"run file has {list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use "
+            "the same, or export that run and make the export this run's model.path"
+        )
+    return found.folder
 
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
     say(
-        f"{plan.num_samples:,} conversations, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
+        f"{plan.num_samples:,} samples, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
         f"{plan.num_packs:,} packs of {config.data.max_length:,} (fill {plan.fill:.1%}); {plan.num_steps:,} steps of "
         f"{plan.global_packs:,} packs on {world.size:,} rank(s)"
     )

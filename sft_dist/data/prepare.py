@@ -1,57 +1,75 @@
 """Text to a prepared data set: read, convert, render, verify, store. Content-addressed, atomic, safe to run twice.
 
-The same sources, template and tokenizer give the same folder name and the same bytes for any number of processes.
-One process prepares under a file lock, others wait for the manifest. Never imports torch or starts process groups.
+The same sources, template and tokenizer give the same folder name and the same bytes for any number of processes and
+ranks, interrupted or not. Ranks share the work through the folder alone (data/partial.py): chunk c belongs to rank
+c mod size. Never imports torch or starts process groups.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial as bind
 from itertools import chain, islice
-from multiprocessing import get_context
+from math import ceil
 from pathlib import Path
-from typing import Literal
 
-from filelock import FileLock
+import numpy as np
 
 from sft_dist.config import DataConfig, ModelConfig, SourceConfig
-from sft_dist.data import formats, store
+from sft_dist.data import formats, readers, store
 from sft_dist.data.conversation import Record, RecordError
 from sft_dist.data.formats import Row
+from sft_dist.data.partial import Counts, Partial, Summary
+from sft_dist.data.progress import Progress, Reporter
 from sft_dist.data.renderer import Renderer, load_renderer
 from sft_dist.data.rendering import render
 from sft_dist.data.sample import Sample
-from sft_dist.data.store import PreparedDataset, Refused, Shard
-from sft_dist.errors import DataError, StorageError
+from sft_dist.data.store import PreparedDataset, Refused
+from sft_dist.data.workers import Workers
+from sft_dist.errors import ClusterError, DataError, Interrupted, StorageError, say
 
 # Records in one shard, whatever the number of processes: the shards' bytes must not depend on it.
 RECORDS_PER_SHARD = 2_000
+# A rank waits this long without any sign of work from the others before it does theirs.
+TAKE_OVER_S = 60.0
+_SAY_WAITING_S = 10.0
+_LOOK_EVERY_S = 0.2
 _NAMED_REFUSALS = 10
+# Roughly what one process renders, and how long new ones take to start: whether they pay.
+_BYTES_PER_S = 1e6
+_WORKERS_START_S = 1.5
 
-OnBadRecord = Literal["error", "refuse"]
+Task = tuple[int, list[Row]]  # number of the chunk, its records
 
 
 @dataclass(frozen=True, slots=True)
-class _ShardResult:
-    shard: Shard | None
-    num_records: int
-    num_rendered: int
-    num_tokens: int
-    refused: tuple[Refused, ...]
-    stop_ids: tuple[int, ...]
+class Share:
+    """Which part of the work is ours: ranks cooperate through data.cache_dir.
+
+    `attempt` is the same for all ranks of one start of a job, and another one for the next: failures are told by it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1  # ranks on this machine
+    attempt: int = 0
 
 
-def prepare(sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfig) -> PreparedDataset:
+ALONE = Share()
+
+
+def prepare(
+    sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfig, share: Share = ALONE
+) -> PreparedDataset:
     """Return the prepared data set of these sources, preparing it first where it does not exist.
 
-    Raises DataError for broken files, for bad records when data.on_bad_record is `error`, and when nothing is left.
+    With a share every rank calls this; all return the same, or all raise the same. Raises DataError for broken files,
+    for bad records as data.on_bad_record and data.max_refused say, and when nothing is left; StorageError when
+    data.cache_dir cannot be written; ClusterError when processes or files vanish.
     """
     formats.check_sources(sources)
     renderer = load_renderer(model, data)
@@ -64,67 +82,12 @@ def prepare(sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfi
         }
         for source in sources
     ]
-    key = _key(renderer, fingerprints, data)
-    cache = Path(data.cache_dir)
-    folder = cache / key
-    if not (folder / store.MANIFEST).exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / f"{key}.lock"):
-                if not (folder / store.MANIFEST).exists():
-                    _prepare_into(folder, sources, fingerprints, renderer, model, data)
-        except OSError as error:
-            raise StorageError(f"data.cache_dir: {cache}: cannot be written: {error.strerror or error}") from error
-    return PreparedDataset(folder)
-
-
-def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]], data: DataConfig) -> str:
-    # Not the folder: the same data elsewhere is the same data.
-    content = [[item["name"], item["format"], item["sha256"]] for item in fingerprints]
-    text = json.dumps([store.FORMAT, renderer.fingerprint, content, data.on_bad_record])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _prepare_into(
-    folder: Path,
-    sources: Sequence[SourceConfig],
-    fingerprints: list[dict[str, str]],
-    renderer: Renderer,
-    model: ModelConfig,
-    data: DataConfig,
-) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died; we hold the lock
-    temporary.mkdir()
-    try:
-        results = list(_progress(_shard_results(temporary, sources, renderer, model, data)))
-        refused = [item for result in results for item in result.refused]
-        if refused and data.on_bad_record == "error":
-            raise DataError(_bad_records(refused))
-        shards = [result.shard for result in results if result.shard is not None]
-        num_samples = sum(shard.num_samples for shard in shards)
-        if not num_samples:
-            reasons = summarise(Counter(item.reason for item in refused)) if refused else "the sources hold no records"
-            raise DataError(f"{', '.join(item['path'] for item in fingerprints)}: no conversation is left: {reasons}")
-        store.write_refused(temporary, refused)
-        manifest = {
-            "format": store.FORMAT,
-            "sources": fingerprints,
-            "tokenizer_and_template": renderer.fingerprint,
-            "template": renderer.template,
-            "num_records": sum(result.num_records for result in results),
-            "num_rendered": sum(result.num_rendered for result in results),
-            "num_samples": num_samples,
-            "num_tokens": sum(result.num_tokens for result in results),
-            "num_refused": dict(sorted(Counter(item.reason for item in refused).items())),
-            "stop_ids": sorted({i for result in results for i in result.stop_ids}),
-            "shards": [asdict(shard) for shard in shards],
-        }
-        store.write_manifest(temporary, manifest)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    partial = Partial(Path(data.cache_dir) / _key(renderer, fingerprints))
+    if not partial.is_finished:
+        _prepare_together(_Job(tuple(sources), fingerprints, renderer, model, data, share, partial))
+    dataset = PreparedDataset(partial.folder)
+    _check_refused(dataset, data)
+    return dataset
 
 
 def summarise(reasons: Counter[str]) -> str:
@@ -132,112 +95,309 @@ def summarise(reasons: Counter[str]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
-def _bad_records(refused: Sequence[Refused]) -> str:
-    named = "\n".join(f"  {item.where}: {item.reason}: {item.detail}" for item in refused[:_NAMED_REFUSALS])
-    more = len(refused) - _NAMED_REFUSALS
-    rest = f"\n  and {more:,} more" if more > 0 else ""
-    return (
-        f"{len(refused):,} record(s) cannot be trained on:\n{named}{rest}\n"
-        "  mend them, or set data.on_bad_record: refuse to leave such records out, counted and listed"
-    )
+@dataclass(frozen=True, slots=True)
+class _Job:
+    sources: tuple[SourceConfig, ...]
+    fingerprints: list[dict[str, str]]
+    renderer: Renderer
+    model: ModelConfig
+    data: DataConfig
+    share: Share
+    partial: Partial
 
 
-def _shard_results(
-    folder: Path, sources: Sequence[SourceConfig], renderer: Renderer, model: ModelConfig, data: DataConfig
-) -> Iterator[_ShardResult]:
-    """One result per shard, in input order, from as many processes as asked for."""
-    chunks = _chunks(_all_rows(sources))
-    first = list(islice(chunks, 2))
-    num_processes = data.num_processes or len(os.sched_getaffinity(0))
-    if len(first) < 2 or num_processes == 1:
-        for number, chunk in enumerate(chain(first, chunks)):
-            yield _render_shard(renderer, folder, number, chunk)
-        return
-    # spawn: forking a process in which a tokenizer has started threads can deadlock.
-    pool = ProcessPoolExecutor(
-        num_processes,
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(model, data),
-    )
+def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]]) -> str:
+    # Not the folder: the same data elsewhere is the same data. Nor what is tolerated: that is asked afterwards.
+    content = [[item["name"], item["format"], item["sha256"]] for item in fingerprints]
+    text = json.dumps([store.FORMAT, RECORDS_PER_SHARD, renderer.fingerprint, content])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _prepare_together(job: _Job) -> None:
+    partial, share = job.partial, job.share
     try:
-        waiting: list[Future[_ShardResult]] = []
-        for number, chunk in enumerate(chain(first, chunks)):
-            waiting.append(pool.submit(_render_shard_in_worker, folder, number, chunk))
-            if len(waiting) > 2 * num_processes:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        partial.open()
+        if share.rank == 0:
+            _say_formats(job.sources)
+        progress = Progress()
+        with Reporter(partial, progress, is_main=share.rank == 0):
+            num_chunks = _make_chunks(job, progress, lambda number: number % share.size == share.rank)
+            _finish_together(job, progress, num_chunks)
+        partial.remove()
+    except (Interrupted, KeyboardInterrupt):
+        if share.rank == 0:
+            say(f"prepare: {len(partial.finished()):,} finished chunks are kept in {partial.path} for the next start")
+        raise
+    except Exception as error:
+        if partial.is_finished:  # another run was faster, and took its folder away
+            partial.remove()
+            return
+        told = _full_disk(job, error) if isinstance(error, OSError) else error
+        partial.write_failure(share.attempt, share.rank, told)
+        raise told from error
 
 
-def _all_rows(sources: Sequence[SourceConfig]) -> Iterator[Row]:
+def _full_disk(job: _Job, error: OSError) -> StorageError:
+    return StorageError(f"data.cache_dir: {job.data.cache_dir}: cannot be written: {error.strerror or error}")
+
+
+def _make_chunks(job: _Job, progress: Progress, is_ours: Callable[[int], bool]) -> int:
+    """Make those of our chunks that are not there yet; the number of all chunks."""
+    num_chunks = 0
+
+    def tasks() -> Iterator[Task]:
+        nonlocal num_chunks
+        rows = _all_rows(job.sources, progress)
+        for number, chunk in enumerate(iter(lambda: list(islice(rows, RECORDS_PER_SHARD)), [])):
+            num_chunks = progress.num_read = number + 1
+            _go_on(job, progress)
+            if job.partial.is_finished:
+                return
+            if is_ours(number) and job.partial.counts(number) is None:
+                yield number, chunk
+
+    progress.move()
+    ours = tasks()
+    first = list(islice(ours, 2))
+    num_workers = _num_workers(job, progress, first)
+    if num_workers == 0:
+        for task in chain(first, ours):
+            _make_chunk(job.renderer, job.partial, task)
+            _go_on(job, progress)
+    else:
+        # A tokenizer that comes with its own code cannot be unpickled where that code was not imported.
+        load = bind(load_renderer, job.model, job.data) if job.model.trust_remote_code else bind(_same, job.renderer)
+        with Workers[Task, None](num_workers, bind(_start_worker, load, job.partial)) as workers:
+            for _ in workers.answers(chain(first, ours)):
+                _go_on(job, progress)
+    progress.rest()
+    return num_chunks
+
+
+def _go_on(job: _Job, progress: Progress) -> None:
+    job.partial.raise_failure(job.share.attempt)
+    progress.move()
+
+
+def _num_workers(job: _Job, progress: Progress, first: Sequence[Task]) -> int:
+    """Processes beside this one; 0 where starting them takes longer than they save."""
+    num = _num_processes(job)
+    if num == 1 or len(first) < 2:
+        return 0
+    if progress.num_chunks is None:
+        return num
+    # Our chunks that are left, as far as the first ones tell.
+    num_chunks = max(2.0, (progress.num_chunks - first[0][0]) / job.share.size)
+    num = min(num, ceil(num_chunks))
+    num_bytes = sum(len(row.payload if isinstance(row.payload, bytes) else str(row.payload)) for row in first[0][1])
+    alone_s = num_chunks * num_bytes / _BYTES_PER_S
+    return num if alone_s * (1 - 1 / num) > _WORKERS_START_S else 0
+
+
+def _num_processes(job: _Job) -> int:
+    """Those asked for, or one per core that is ours; shared with the other ranks of this machine."""
+    cores, local_size = len(os.sched_getaffinity(0)), job.share.local_size
+    if job.data.num_processes:
+        return max(1, job.data.num_processes // local_size)
+    # Launchers that bind ranks to cores leave each its own already.
+    is_bound = cores * local_size <= (os.cpu_count() or 1)
+    return cores if is_bound else max(1, cores // local_size)
+
+
+def _same(renderer: Renderer) -> Renderer:
+    return renderer
+
+
+def _start_worker(load: Callable[[], Renderer], partial: Partial) -> Callable[[Task], None]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return bind(_make_chunk, load(), partial)
+
+
+def _make_chunk(renderer: Renderer, partial: Partial, task: Task) -> None:
+    number, chunk = task
+    converted = [_converted(row) for row in chunk]
+    records = [record for record in converted if not isinstance(record, RecordError)]
+    rendered = iter(render(renderer, records))
+    samples: list[Sample] = []
+    refused: list[Refused] = []
+    by_source: dict[str, Counts] = {}
+    num_split = 0
+    for row, record in zip(chunk, converted, strict=True):
+        result = record if isinstance(record, RecordError) else next(rendered)
+        if isinstance(result, RecordError):
+            identity = row.default_id if isinstance(record, RecordError) else record.id
+            refused.append(Refused(row.where, identity, result.reason, result.detail))
+            counts = Counts(num_records=1, num_refused=1)
+        else:
+            samples += result
+            num_split += len(result) > 1
+            num_tokens = sum(len(sample.ids) for sample in result)
+            counts = Counts(num_records=1, num_samples=len(result), num_tokens=num_tokens)
+        by_source[row.source] = by_source.get(row.source, Counts()) + counts
+    ends = {int(s.ids[span.output_end - 1]) for s in samples for span in s.spans if span.turn and span.is_owned}
+    stop_ids = ends & renderer.control_ids  # given tokens may end in any token
+    summary = Summary(None, by_source, num_split, tuple(sorted(stop_ids)), tuple(refused))
+    try:
+        partial.publish(number, samples, summary)
+    except OSError as error:
+        if not partial.is_finished:
+            raise StorageError(
+                f"data.cache_dir: {partial.folder.parent}: cannot be written: {error.strerror or error}"
+            ) from error
+
+
+def _converted(row: Row) -> Record | RecordError:
+    try:
+        return formats.to_record(row)
+    except RecordError as error:
+        return error
+
+
+def _finish_together(job: _Job, progress: Progress, num_chunks: int) -> None:
+    """Until the prepared data set exists: rank 0 finishes it when all chunks are there, the others wait for that.
+
+    Where nothing moves any more, whoever waits does the work itself, so that nobody waits for ever.
+    """
+    partial, share = job.partial, job.share
+    signs: object = None
+    moved = said = time.monotonic()
+    while not partial.is_finished:
+        partial.raise_failure(share.attempt)
+        missing = partial.missing(num_chunks)
+        now = time.monotonic()
+        if (latest := (len(missing), partial.pulse())) != signs:
+            signs, moved = latest, now
+        is_left_alone = now - moved > TAKE_OVER_S
+        if not missing and (share.rank == 0 or is_left_alone):
+            progress.move()
+            _finish(job, num_chunks)
+            progress.rest()
+        elif missing and is_left_alone:
+            _take_over(job, progress, missing)
+            moved = time.monotonic()
+        else:
+            if now - said > _SAY_WAITING_S:
+                said = now
+                say(_waiting_for(share, missing, now - moved))
+            time.sleep(_LOOK_EVERY_S)
+
+
+def _take_over(job: _Job, progress: Progress, missing: Sequence[int]) -> None:
+    share = job.share
+    say(
+        f"prepare: rank {share.rank} takes over {len(missing):,} chunk(s): nothing has come from the other ranks for "
+        f"{TAKE_OVER_S:,.0f} s (is data.cache_dir, {job.data.cache_dir}, on a file system that all nodes share?)"
+    )
+    for part in (missing[share.rank % len(missing) :: share.size], missing):  # others may be doing the same
+        num_chunks = _make_chunks(job, progress, set(part).__contains__)
+    if not job.partial.is_finished and (lost := job.partial.missing(num_chunks)):
+        raise ClusterError(
+            f"data.cache_dir: {job.data.cache_dir}: {len(lost):,} file(s) that were written there cannot be found "
+            "again; choose a folder that all ranks share and that nothing else cleans up"
+        )
+
+
+def _waiting_for(share: Share, missing: Sequence[int], quiet_s: float) -> str:
+    ranks = sorted({number % share.size for number in missing}) or [0]
+    named = ", ".join(map(str, ranks[:_NAMED_REFUSALS])) + (", …" if len(ranks) > _NAMED_REFUSALS else "")
+    what = f"{len(missing):,} chunk(s)" if missing else "the manifest"
+    return f"prepare: rank {share.rank} waits for {what} of rank(s) {named}; last sign of work {quiet_s:.0f} s ago"
+
+
+def _finish(job: _Job, num_chunks: int) -> None:
+    """Put the manifest to the shards and give the folder its name."""
+    partial = job.partial
+    summaries = [summary for number in range(num_chunks) if (summary := partial.summary(number)) is not None]
+    if len(summaries) != num_chunks:
+        return  # another run has finished meanwhile
+    refused = [item for summary in summaries for item in summary.refused]
+    by_source: dict[str, Counts] = {}
+    for summary in summaries:
+        for name, counts in summary.by_source.items():
+            by_source[name] = by_source.get(name, Counts()) + counts
+    total = sum(by_source.values(), Counts())
+    manifest = {
+        "format": store.FORMAT,
+        "sources": job.fingerprints,
+        "tokenizer_and_template": job.renderer.fingerprint,
+        "template": job.renderer.template,
+        "num_records": total.num_records,
+        "num_rendered": total.num_records - total.num_refused,
+        "num_samples": total.num_samples,
+        "num_tokens": total.num_tokens,
+        "num_refused": dict(sorted(Counter(item.reason for item in refused).items())),
+        "num_duplicates": _num_duplicates(partial.shard_paths(summaries)),
+        "num_split": sum(summary.num_split for summary in summaries),
+        "by_source": {name: asdict(counts) for name, counts in by_source.items()},
+        "stop_ids": sorted({i for summary in summaries for i in summary.stop_ids}),
+        "shards": [asdict(summary.shard) for summary in summaries if summary.shard is not None],
+    }
+    partial.finish(manifest, refused)
+
+
+def _num_duplicates(paths: Sequence[Path]) -> int:
+    """Records whose content an earlier one has already."""
+    parts = [store.read_digests(path) for path in paths]
+    if not parts:
+        return 0
+    digests, indices = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    _, first_sample = np.unique(indices, return_index=True)
+    return len(first_sample) - len(np.unique(digests[first_sample].view("u8,u8")))
+
+
+def _check_refused(dataset: PreparedDataset, data: DataConfig) -> None:
+    """Raise DataError where more is refused than the run file allows."""
+    manifest = dataset.manifest
+    reasons = Counter(manifest["num_refused"])
+    num_refused, num_records = sum(reasons.values()), manifest["num_records"]
+    if data.on_bad_record == "error" and num_refused:
+        raise DataError(
+            f"{num_refused:,} record(s) cannot be trained on:\n{_named(dataset, num_refused)}\n"
+            "  mend them, or set data.on_bad_record: refuse to leave such records out, counted and listed"
+        )
+    if not manifest["num_samples"]:
+        paths = ", ".join(item["path"] for item in manifest["sources"])
+        raise DataError(f"{paths}: no conversation is left: {summarise(reasons)}\n{_named(dataset, num_refused)}")
+    if num_refused > data.max_refused * num_records:
+        raise DataError(
+            f"{num_refused:,} of {num_records:,} records ({num_refused / num_records:.1%}) cannot be trained on, more "
+            f"than data.max_refused ({data.max_refused:.1%}, of all records of these sources together): "
+            f"{summarise(reasons)}\n{_named(dataset, num_refused)}\n"
+            "  mend them, or raise data.max_refused to go on without them"
+        )
+
+
+def _named(dataset: PreparedDataset, num_refused: int) -> str:
+    with open(dataset.folder / store.REFUSED, encoding="utf-8") as file:
+        items = [Refused(**json.loads(line)) for line in islice(file, _NAMED_REFUSALS)]
+    lines = [f"  {item.where}: {item.reason}: {item.detail}" for item in items]
+    if num_refused > len(items):
+        lines.append(f"  and {num_refused - len(items):,} more (listed in {dataset.folder / store.REFUSED})")
+    return "\n".join(lines)
+
+
+def _all_rows(sources: Sequence[SourceConfig], progress: Progress) -> Iterator[Row]:
     index = 0
-    for source in sources:
+    sizes = [_size(source) for source in sources]
+    for number, source in enumerate(sources):
         before = index
-        for row in formats.read_rows(source, index):
+        reader = formats.SourceReader(source, index)
+        for row in reader:
             index = row.index + 1
+            read = sum(sizes[:number]) + reader.fraction * sizes[number]
+            progress.share_read = read / sum(sizes)
             yield row
         if index == before:
             raise DataError(f"{source.path}: it holds no records")
+    progress.share_read = 1.0
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while chunk := list(islice(rows, RECORDS_PER_SHARD)):
-        yield chunk
+def _size(source: SourceConfig) -> int:
+    """Bytes of the files of a source; of what lies elsewhere nothing is known."""
+    files = [path for path, _ in readers.expand(source.path)]
+    return sum(os.path.getsize(path) if os.path.isfile(path) else 1 for path in files)
 
 
-_worker_renderer: Renderer | None = None  # set once per worker process: a tokenizer takes seconds to load
-
-
-def _start_worker(model: ModelConfig, data: DataConfig) -> None:
-    global _worker_renderer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_renderer = load_renderer(model, data)
-
-
-def _render_shard_in_worker(folder: Path, number: int, chunk: list[Row]) -> _ShardResult:
-    assert _worker_renderer is not None
-    return _render_shard(_worker_renderer, folder, number, chunk)
-
-
-def _render_shard(renderer: Renderer, folder: Path, number: int, chunk: list[Row]) -> _ShardResult:
-    records: list[Record] = []
-    refused: list[Refused] = []
-    for row in chunk:
-        try:
-            records.append(formats.to_record(row))
-        except RecordError as error:
-            refused.append(Refused(row.where, row.default_id, error.reason, error.detail))
-    samples: list[Sample] = []
-    for record, result in zip(records, render(renderer, records), strict=True):
-        if isinstance(result, RecordError):
-            refused.append(Refused(record.where, record.id, result.reason, result.detail))
-        else:
-            samples += result
-    shard = store.write_shard(folder / f"shard-{number:05d}.arrow", samples) if samples else None
-    stops = {int(s.ids[span.output_end - 1]) for s in samples for span in s.spans if span.turn and span.is_owned}
-    return _ShardResult(
-        shard,
-        num_records=len(chunk),
-        num_rendered=len(chunk) - len(refused),
-        num_tokens=sum(len(sample.ids) for sample in samples),
-        refused=tuple(refused),
-        stop_ids=tuple(sorted(stops)),
-    )
-
-
-def _progress(results: Iterator[_ShardResult], every_s: float = 2.0) -> Iterator[_ShardResult]:
-    """Pass results through and say every two seconds how far it is."""
-    started = last = time.monotonic()
-    records = tokens = 0
-    for result in results:
-        records += result.num_records
-        tokens += result.num_tokens
-        now = time.monotonic()
-        if now - last >= every_s:
-            last = now
-            rate = tokens / (now - started)
-            print(f"prepare  {records:,} records  {tokens:,} tokens  {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
-        yield result
+def _say_formats(sources: Sequence[SourceConfig]) -> None:
+    for source in sources:
+        say(f"{source.path}: records of format {formats.detect_format(source)}")

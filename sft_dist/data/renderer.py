@@ -344,28 +344,43 @@ class Renderer:
 
 def load_renderer(model: ModelConfig, data: DataConfig) -> Renderer:
     """The tokenizer of a model folder or Hub id with its template, or the one given. Raises ConfigError."""
-    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model)
     template = template_text(tokenizer, data.chat_template)
     return Renderer(tokenizer, template, date=data.date, template_kwargs=data.template_kwargs)
 
 
-def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> Any:
-    """Raises ConfigError that names what is missing."""
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer of a model folder or Hub id, with model.control_tokens. Raises ConfigError for what is missing."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model.path: {model_path}: no tokenizer can be loaded from there: {first_line}") from error
+        raise ConfigError(f"model.path: {model.path}: no tokenizer can be loaded from there: {first_line}") from error
     if not tokenizer.vocab_size:
         # Without any tokenizer file transformers makes an empty one in silence.
-        raise ConfigError(f"model.path: {model_path}: no tokenizer there (an empty vocabulary); its files are missing")
+        raise ConfigError(f"model.path: {model.path}: no tokenizer there (an empty vocabulary); its files are missing")
     if not tokenizer.is_fast:
-        raise ConfigError(f"model.path: {model_path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
+        raise ConfigError(f"model.path: {model.path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
     if tokenizer.eos_token is None:
-        raise ConfigError(f"model.path: {model_path}: its tokenizer names no eos_token, so no answer could end")
+        raise ConfigError(f"model.path: {model.path}: its tokenizer names no eos_token, so no answer could end")
+    _make_special(tokenizer, model.control_tokens)
     return tokenizer
+
+
+def _make_special(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Add control tokens that a tokenizer lacks, in this order; those it has get special where they are not yet."""
+    for text in texts:
+        if not text or text != text.strip() or text != text.encode("utf-8", "replace").decode():
+            raise ConfigError(
+                f"model.control_tokens: {text!r} is empty, has white space around it or is not valid Unicode; write "
+                "the token exactly as the chat template does"
+            )
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    if wanted := [text for text in dict.fromkeys(texts) if text not in special]:
+        tokenizer.add_special_tokens({"additional_special_tokens": wanted}, False)  # False: beside those it has
 
 
 def template_text(tokenizer: Any, chat_template: str | None) -> str | None:

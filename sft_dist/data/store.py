@@ -5,8 +5,7 @@ Written by `write_shard` and `write_manifest`, read by `PreparedDataset`. The sh
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -81,23 +80,65 @@ class SpanTable:
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
     """Write samples as one Arrow stream with one record batch. Same samples, same bytes."""
     rows = list(samples)
-    columns: dict[str, list[Any]] = {
-        "conversation_id": [sample.conversation_id for sample in rows],
-        "index": [sample.index for sample in rows],
-        "source": [sample.source for sample in rows],
-        "num_turns": [sample.num_turns for sample in rows],
-        "weight": [sample.weight for sample in rows],
-        "digest": [sample.digest for sample in rows],
-        "ids": [sample.ids for sample in rows],
-        "span_weight": [[span.weight for span in sample.spans] for sample in rows],
+    spans = [span for sample in rows for span in sample.spans]
+    num_spans = [len(sample.spans) for sample in rows]
+    span_ints = np.array([_span_ints(span) for span in spans], np.int32).reshape(len(spans), len(_SPAN_INTS))
+    columns = {
+        "conversation_id": _strings([sample.conversation_id for sample in rows]),
+        "index": _flat(np.array([sample.index for sample in rows], np.int64), pa.int64()),
+        "source": _strings([sample.source for sample in rows]),
+        "num_turns": _flat(np.array([sample.num_turns for sample in rows], np.int32), pa.int32()),
+        "weight": _flat(np.array([sample.weight for sample in rows], np.float32), pa.float32()),
+        "digest": _flat(np.frombuffer(b"".join(sample.digest for sample in rows), "V16"), pa.binary(16)),
+        "ids": _lists(
+            np.concatenate([sample.ids for sample in rows], dtype=np.int32),
+            pa.int32(),
+            [len(sample.ids) for sample in rows],
+        ),
+        "span_weight": _lists(np.array([span.weight for span in spans], np.float32), pa.float32(), num_spans),
     }
-    spans = [[_span_ints(span) for span in sample.spans] for sample in rows]
     for place, field in enumerate(_SPAN_INTS):
-        columns[f"span_{field}"] = [[span[place] for span in of_sample] for of_sample in spans]
-    batch = pa.record_batch([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
+        columns[f"span_{field}"] = _lists(span_ints[:, place], pa.int32(), num_spans)
+    batch = pa.record_batch([columns[field.name] for field in SCHEMA], schema=SCHEMA)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         writer.write_batch(batch)
     return Shard(path.name, len(rows), path.stat().st_size)
+
+
+# Columns over numpy's memory, and back (`_numpy`): pa.array and to_numpy import pandas, half a second in every process.
+
+
+def _flat(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
+
+
+def _lists(values: NDArray[Any], kind: pa.DataType, lengths: Sequence[int]) -> pa.Array:
+    buffers = [None, pa.py_buffer(_offsets(lengths))]
+    return pa.Array.from_buffers(pa.list_(kind), len(lengths), buffers, children=[_flat(values, kind)])
+
+
+def _strings(texts: Sequence[str]) -> pa.Array:
+    encoded = [text.encode() for text in texts]
+    buffers = [None, pa.py_buffer(_offsets([len(text) for text in encoded])), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+def _offsets(lengths: Sequence[int]) -> Int32:
+    ends = np.cumsum([0, *lengths], dtype=np.int64)
+    assert ends[-1] <= np.iinfo(np.int32).max, "a shard is far smaller than 2**31"
+    return ends.astype(np.int32)
+
+
+def _numpy(column: pa.Array) -> NDArray[Any]:
+    """The memory of a column of numbers or digests, without a copy."""
+    kind = np.dtype("V16") if column.type == pa.binary(16) else np.dtype(column.type.to_pandas_dtype())
+    if not len(column):
+        return np.zeros(0, kind)
+    return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
+
+
+def _list_offsets(column: pa.Array) -> Int32:
+    return np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + len(column) + 1]
 
 
 def _span_ints(span: Span) -> tuple[int, ...]:
@@ -114,16 +155,13 @@ def _span_ints(span: Span) -> tuple[int, ...]:
     )
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """The last file to be written: it makes the folder a prepared data set."""
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
-    os.replace(temporary, folder / MANIFEST)
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_refused(folder: Path, refused: Iterable[Refused]) -> None:
+def write_refused(path: Path, refused: Iterable[Refused]) -> None:
     # Details may quote broken text: it is spelled out then.
-    with open(folder / REFUSED, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         for item in refused:
             file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
 
@@ -133,15 +171,14 @@ class PreparedDataset:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         self._tables: list[pa.RecordBatch] = []
         first = [0]
         for shard in self.manifest["shards"]:
             path = folder / shard["file"]
             if not path.exists() or path.stat().st_size != shard["num_bytes"]:
                 raise DataError(f"{path}: missing or of the wrong size; delete {folder} and prepare again")
-            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-            self._tables.append(table.combine_chunks().to_batches()[0])
+            self._tables.append(_read(path))
             first.append(first[-1] + shard["num_samples"])
         self._first = np.array(first)
 
@@ -191,14 +228,14 @@ class PreparedDataset:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """int64 [num_samples]: tokens of each sample."""
-        parts = [np.diff(table.column("ids").offsets.to_numpy()) for table in self._tables]
+        parts = [np.diff(_list_offsets(table.column("ids"))) for table in self._tables]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     @cached_property
     def spans(self) -> SpanTable:
         """All spans as columns, for what is computed over the whole set."""
         columns = {name: self._flat(f"span_{name}") for name in (*_SPAN_INTS, "weight")}
-        counts = [np.diff(table.column("span_role").offsets.to_numpy()) for table in self._tables]
+        counts = [np.diff(_list_offsets(table.column("span_role"))) for table in self._tables]
         sample = np.repeat(np.arange(len(self)), np.concatenate(counts))
         columns["is_owned"] = columns["is_owned"].astype(bool)
         columns["weight"] = columns["weight"].astype(np.float64)
@@ -206,12 +243,13 @@ class PreparedDataset:
 
     def column(self, name: str) -> NDArray[Any]:
         """[num_samples] of `index`, `num_turns`, `weight`, `source` or `digest` (the last two as objects)."""
-        as_objects = name in ("source", "digest")
-        parts = [table.column(name).to_numpy(zero_copy_only=not as_objects) for table in self._tables]
-        return np.concatenate(parts)
+        if name in ("source", "digest"):
+            values = [value for table in self._tables for value in table.column(name).to_pylist()]
+            return np.array([*values, None], object)[:-1]
+        return np.concatenate([_numpy(table.column(name)) for table in self._tables])
 
     def _flat(self, name: str) -> NDArray[Any]:
-        return np.concatenate([table.column(name).flatten().to_numpy() for table in self._tables])
+        return np.concatenate([_numpy(table.column(name).flatten()) for table in self._tables])
 
     def _row(self, number: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= number < len(self):
@@ -220,8 +258,17 @@ class PreparedDataset:
         return self._tables[shard], number - int(self._first[shard])
 
 
+def read_digests(path: Path) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+    """(digest, index of the conversation) of every sample of one shard."""
+    table = _read(path)
+    return _numpy(table.column("digest")), _numpy(table.column("index"))
+
+
+def _read(path: Path) -> pa.RecordBatch:
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
+
+
 def _row_values(table: pa.RecordBatch, name: str, row: int) -> NDArray[Any]:
     column = table.column(name)
-    offsets = column.offsets
-    values: NDArray[Any] = column.values.to_numpy()[offsets[row].as_py() : offsets[row + 1].as_py()]
-    return values
+    offsets = _list_offsets(column)
+    return _numpy(column.values)[offsets[row] : offsets[row + 1]]

@@ -4,12 +4,15 @@ The only module (with model/zero.py) that imports deepspeed. What the run file d
 DeepSpeed file decides as well is an error that names both.
 """
 
+import ctypes
+import gc
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 import sft_dist
 from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
 from sft_dist.distributed.world import World
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, say
 from sft_dist.model import loading, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.logprobs import ONLY_LOGPROBS, TokenLogprobs, TokenValues, Wanted
@@ -133,9 +136,33 @@ class Engine:
         self._engine.step()
         return bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
 
+    def local_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 [n] on the CPU): this rank's part of the gradient that the last backward completed."""
+        from deepspeed.utils import safe_get_local_grad
+
+        for name, parameter in self.causal_lm.named_parameters():
+            shard = safe_get_local_grad(parameter).reshape(-1)
+            # The last ranks' parts are filled up to the size of the others.
+            own = min(max(parameter.ds_numel - self._world.rank * shard.numel(), 0), shard.numel())
+            yield name, shard[:own].float().cpu().clone()
+
+    def clear_gradients(self) -> None:
+        """Forget the backwards since the last step: the next one starts a gradient anew."""
+        # ZeRO-3 keeps gradients in its own partitions, which the first backward after this overwrites.
+        self._engine.optimizer.zero_grad()
+
     def set_lr(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    def close(self) -> None:
+        """Free the memory of the weights, for another model; the engine answers nothing after that."""
+        zero.release(self._engine.module)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        with suppress(OSError, AttributeError):  # glibc keeps freed memory of loader threads otherwise
+            ctypes.CDLL(None).malloc_trim(0)
 
     def save(self, folder: Path) -> None:
         """Write this rank's shards below `folder`; publishing them is train/checkpoint.py's business.
@@ -185,7 +212,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, tree, initial)
+    model = _sharded_model(config, world, tree, initial)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
     optimizer = torch.optim.AdamW(
@@ -206,14 +233,14 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None) -> E
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, tree, weights)
+    model = _sharded_model(config, world, tree, weights)
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=tree)
     engine.eval()
     return Engine(engine, world)
 
 
-def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None) -> TokenLogprobs:
+def _sharded_model(config: RunConfig, world: World, tree: dict[str, Any], weights: Path | None) -> TokenLogprobs:
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
     from transformers.integrations import HfDeepSpeedConfig
@@ -223,11 +250,14 @@ def _sharded_model(config: RunConfig, tree: dict[str, Any], weights: Path | None
     # later start: https://github.com/pytorch/pytorch/issues/189245. Not building it costs nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
+    added = loading.new_tokens(config.model)
     announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
     model = loading.load_causal_lm(
-        config.model, model_config, dtype=compute_dtype(config.model), max_length=config.data.max_length
+        config.model, model_config, added=added, dtype=compute_dtype(config.model), max_length=config.data.max_length
     )
+    if added is not None and weights is None and world.is_main:
+        say(added.describe(model_config))
     del announced
     layers = [type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     if layers:

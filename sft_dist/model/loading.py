@@ -1,15 +1,52 @@
 """The pre-trained model θ̂, loaded whole or sharded, with nothing newly initialised in silence."""
 
 import fnmatch
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sft_dist.config import ModelConfig
+from sft_dist.data.renderer import load_tokenizer
 from sft_dist.errors import ConfigError
-from sft_dist.model import attention
+from sft_dist.model import attention, zero
 
 _NAMED_PARAMETERS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Control tokens that the tokenizer in the model's folder lacks."""
+
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]  # of the texts
+    old_ids: tuple[int, ...]  # all ids of the tokenizer as it is in the folder, ascending
+
+    def num_rows(self, model_config: Any) -> int:
+        """Rows that the model's embeddings need: those they have, or more."""
+        return max(model_config.get_text_config().vocab_size, *(i + 1 for i in self.ids))
+
+    def describe(self, model_config: Any) -> str:
+        """One line for people; `model_config` is that of the model's folder."""
+        before, after = model_config.get_text_config().vocab_size, self.num_rows(model_config)
+        rows = f"{before:,} -> {after:,} rows, new rows" if after > before else f"keep {before:,} rows, the new tokens'"
+        num = len(self.ids)
+        return (
+            f"added {num} control token{'s' if num > 1 else ''} ({', '.join(self.texts)}): embeddings {rows} are the "
+            f"mean of the {len(self.old_ids):,} old ones"
+        )
+
+
+def new_tokens(model: ModelConfig) -> NewTokens | None:
+    """What model.control_tokens adds to the tokenizer in the model's folder; None where that is nothing."""
+    if not model.control_tokens:
+        return None
+    old = load_tokenizer(model.model_copy(update={"control_tokens": ()})).get_vocab()
+    new = {text: i for text, i in load_tokenizer(model).get_vocab().items() if text not in old}
+    if not new:
+        return None
+    texts = sorted(new, key=lambda text: new[text])
+    return NewTokens(tuple(texts), tuple(new[text] for text in texts), tuple(sorted(set(old.values()))))
 
 
 def load_config(model: ModelConfig, max_length: int) -> Any:
@@ -29,8 +66,10 @@ def load_config(model: ModelConfig, max_length: int) -> Any:
     return config
 
 
-def load_causal_lm(model: ModelConfig, config: Any, *, dtype: torch.dtype, max_length: int) -> Any:
-    """A causal language model with its pre-trained weights, in `dtype`.
+def load_causal_lm(
+    model: ModelConfig, config: Any, *, added: NewTokens | None, dtype: torch.dtype, max_length: int
+) -> Any:
+    """A causal language model with its pre-trained weights, in `dtype`, and rows for the tokens that are `added`.
 
     Sharded by ZeRO-3 when model/engine.py has announced it (`sharded_loading`). Raises ConfigError for parameters
     that the files do not hold, unless their names match model.allow_new_parameters.
@@ -52,7 +91,27 @@ def load_causal_lm(model: ModelConfig, config: Any, *, dtype: torch.dtype, max_l
     except Exception as error:
         raise ConfigError(f"model.path: {model.path}: the weights cannot be loaded: {_first_line(error)}") from error
     _check_report(model, report)
+    if added is not None:
+        _add_tokens(loaded, added)
     return loaded
+
+
+def _add_tokens(causal_lm: Any, added: NewTokens) -> None:
+    """Give new tokens rows in the embeddings and the head: the mean of those of the old tokens.
+
+    transformers' resize_token_embeddings draws new rows at random, and under ZeRO-3 leaves them outside the shards.
+    """
+    num_rows = added.num_rows(causal_lm.config)
+    embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    if not isinstance(embeddings, torch.nn.Embedding) or not isinstance(head, torch.nn.Linear):
+        raise ConfigError(
+            f"model.control_tokens: {causal_lm.config.model_type} has no plain embeddings and head to add tokens to"
+        )
+    own = [p for p in (embeddings.weight, head.weight, head.bias) if isinstance(p, torch.nn.Parameter)]
+    for parameter in {id(parameter): parameter for parameter in own}.values():  # tied ones once
+        zero.extend_rows(causal_lm, parameter, num_rows, new=added.ids, mean_of=added.old_ids)
+    embeddings.num_embeddings = head.out_features = num_rows
+    causal_lm.vocab_size = causal_lm.config.get_text_config().vocab_size = num_rows
 
 
 def _check_report(model: ModelConfig, report: dict[str, Any]) -> None:

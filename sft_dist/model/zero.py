@@ -5,7 +5,8 @@ parameter at a time.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sft_dist.errors import StorageError
+
+_ROWS_AT_ONCE = 4_096
 
 
 def safe_load(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
@@ -73,13 +76,57 @@ def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
         parameter = parameters[name]
         if tuple(value.shape) != _whole_shape(parameter):
             raise StorageError(
-                f"{name}: the checkpoint has shape {tuple(value.shape)}, the model {_whole_shape(parameter)}"
+                f"{name}: the checkpoint has shape {tuple(value.shape)}, the model {_whole_shape(parameter)}; "
+                "model.path and model.control_tokens must be those of the run that wrote it"
             )
         with torch.no_grad():
             _write(parameter, value)
         seen.add(name)
     if missing := sorted(set(parameters) - seen):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
+
+
+def release(model: nn.Module) -> None:
+    """Let go of all weights of a model that is no longer used: DeepSpeed keeps references to its parameters."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+
+
+def extend_rows(
+    model: nn.Module, parameter: nn.Parameter, num_rows: int, *, new: Sequence[int], mean_of: Sequence[int]
+) -> None:
+    """Put a parameter of num_rows rows in the place of `parameter` [V, ...], wherever the model uses it.
+
+    Old rows keep their bits. The rows `new`, and all from V on, are the mean of the rows `mean_of` (those below V).
+    The new parameter is sharded if the old one was. A collective under ZeRO-3.
+    """
+    with gathered(parameter):
+        old = parameter.detach()
+        chosen = torch.tensor([row for row in mean_of if row < len(old)], device=old.device)
+        # Summed in float64, a few rows at a time: the mean is rounded once and costs no copy of the whole.
+        total = torch.stack([old[rows].double().sum(0) for rows in chosen.split(_ROWS_AT_ONCE)]).sum(0)
+        value = old.new_empty(num_rows, *old.shape[1:])
+        value[: len(old)] = old
+        value[[*new, *range(len(old), num_rows)]] = (total / len(chosen)).to(value)
+    extended = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    if hasattr(parameter, "convert_to_zero_parameters"):
+        parameter.convert_to_zero_parameters([extended])  # as DeepSpeed itself does with parameters that come late
+    for module in model.modules():
+        for name, own in module.named_parameters(recurse=False, remove_duplicate=False):
+            if own is parameter:
+                module.register_parameter(name, extended)
+
+
+def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """The whole parameter, for reading, on every rank. A collective under ZeRO-3."""
+    if not hasattr(parameter, "ds_tensor"):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
+    return context
 
 
 def is_vector(parameter: nn.Parameter) -> bool:

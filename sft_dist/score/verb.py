@@ -1,6 +1,5 @@
 """The order of things: resolve the models, read the data, then for each model block after block, and publish."""
 
-import gc
 import os
 import signal
 import threading
@@ -13,12 +12,14 @@ from typing import Any, TypeVar
 
 from sft_dist.config import RunConfig, SourceConfig
 from sft_dist.data.conversation import ROLES
-from sft_dist.data.prepare import prepare, summarise
+from sft_dist.data.prepare import Share, prepare, summarise
+from sft_dist.data.progress import duration
 from sft_dist.data.renderer import Renderer
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, UserError, say
 from sft_dist.model import engine as engines
+from sft_dist.preparation import share_of
 from sft_dist.score import candidates, models
 from sft_dist.score.candidates import Candidates
 from sft_dist.score.conversations import Conversations, check_roles
@@ -29,7 +30,6 @@ from sft_dist.score.output import GrowingOutput, Part, check_writable
 from sft_dist.score.summary import Tally
 from sft_dist.score.tokens import TokenTexts
 from sft_dist.session import close_session, for_people, open_session, print_from_main
-from sft_dist.train.metrics import duration
 
 T = TypeVar("T")
 
@@ -61,7 +61,8 @@ def run(
     if world.is_main:
         check_writable(output)
     scorers, renderer = models.resolve(config, names, checkpoint, world)
-    job = _job(scorers[0].config, chosen, renderer, roles=wanted, with_tokens=with_tokens, is_asked=bool(roles))
+    share = share_of(world, env)
+    job = _job(scorers[0].config, chosen, renderer, share, roles=wanted, with_tokens=with_tokens, is_asked=bool(roles))
     try:
         _score(job, scorers, world, output, with_tokens=with_tokens, block_items=block_items)
     except RuntimeError as error:
@@ -77,6 +78,7 @@ def _job(
     config: RunConfig,
     sources: Sequence[SourceConfig],
     renderer: Renderer,
+    share: Share,
     *,
     roles: frozenset[str],
     with_tokens: bool,
@@ -87,7 +89,7 @@ def _job(
         if is_asked:
             raise ConfigError("--roles: prompts with candidates have their candidates scored, whatever the role")
         return Candidates(sources, config.data, renderer, texts=texts)
-    dataset = prepare(sources, config.model, config.data)
+    dataset = prepare(sources, config.model, config.data, share)
     return Conversations(dataset, roles=roles, max_length=config.data.max_length, texts=texts)
 
 
@@ -159,9 +161,7 @@ def _score_model(
         lines, tally = job.score(engine, layout, block, partial(progress.advance, block))
         _on_main(world, partial(_append, growing, number, lines, tally, block.end))
     _on_main(world, lambda: growing.finish(number) if growing else None)
-    del engine
-    # Engines hold cycles; the memory of one model must be free before the next is loaded.
-    gc.collect()
+    engine.close()
 
 
 def _append(

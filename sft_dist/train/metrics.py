@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sft_dist.config import LoggingConfig, flatten
+from sft_dist.data.progress import duration
 from sft_dist.errors import say
 
 
@@ -74,16 +75,6 @@ def step_line(
         f"step {step:>{width},}/{num_steps:,}  loss {loss:.4f}{shown_nll}  grad {grad_norm:.2f}  "
         f"lr {learning_rate:.1e}  tokens/s {tokens_per_s:,.0f}  mem {memory_gib:.1f} GiB  eta {duration(eta_s)}"
     )
-
-
-def duration(seconds: float) -> str:
-    """90 -> `1m30s`, 9660 -> `2h41m`"""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _cut_back(path: Path, first_step: int) -> None:

@@ -117,7 +117,7 @@ def test_refused_records_are_counted_and_listed_or_stop_the_run(tmp_path: Path, 
     with pytest.raises(DataError, match=r"3 record\(s\)") as caught:
         run(path, model)
     assert "x.jsonl:2: unknown format" in str(caught.value)
-    dataset = run(path, model, on_bad_record="refuse")
+    dataset = run(path, model, on_bad_record="refuse", max_refused=0.6)
     assert len(dataset) == 2
     assert dataset.manifest["num_refused"] == {"no messages": 1, "unknown format": 2}
     listed = [json.loads(line) for line in (dataset.folder / "refused.jsonl").read_text().splitlines()]
@@ -134,7 +134,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, model: ModelConfig) -> None:
 
 def test_details_with_broken_text_are_listed_all_the_same(tmp_path: Path, model: ModelConfig) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD) + '\n{"\\ud800": 1}\n')
-    dataset = run(tmp_path / "x.jsonl", model, on_bad_record="refuse")
+    dataset = run(tmp_path / "x.jsonl", model, on_bad_record="refuse", max_refused=0.5)
     assert dataset.manifest["num_refused"] == {"unknown format": 1}
     assert len((dataset.folder / "refused.jsonl").read_text().splitlines()) == 1
 

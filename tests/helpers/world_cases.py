@@ -20,6 +20,7 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import StorageError
 from sft_dist.model import engine as engines
+from sft_dist.model import zero
 from sft_dist.preparation import training_set
 from sft_dist.session import close_session, open_session
 from sft_dist.train import checkpoint
@@ -39,9 +40,14 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             attention=case.get("attention", "auto"),
             dtype=case.get("dtype", "auto"),
             gradient_checkpointing=case.get("gradient_checkpointing", True),
+            control_tokens=case.get("control_tokens", ()),
         ),
         data=DataConfig(
-            train=({"path": case["data"]},), max_length=MAX_LENGTH, cache_dir=str(folder / "prepared"), num_processes=1
+            train=({"path": case["data"]},),
+            max_length=MAX_LENGTH,
+            cache_dir=str(folder / "prepared"),
+            num_processes=1,
+            chat_template=case.get("chat_template"),
         ),
         objective=ObjectiveConfig(train_on=case.get("train_on", "assistant")),
         batch=BatchConfig(global_packs=case["global_packs"], packs_per_micro_batch=case.get("per_forward", 1)),
@@ -74,6 +80,25 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
     }
 
 
+def repeated_gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """The gradient of step 0 once, after forgetting it again, and once more without forgetting; no step is taken."""
+    from deepspeed.utils import safe_get_full_grad
+
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    engine = engines.training_engine(config, world, None)
+    answers: dict[str, Any] = {}
+    for name in ("first", "cleared", "added"):
+        if name == "cleared":
+            engine.clear_gradients()
+        accumulate_gradient(engine, selection, plan, 0, config, world)
+        whole = dict(engine.causal_lm.named_parameters())
+        answers[name] = {key: safe_get_full_grad(parameter).clone() for key, parameter in whole.items()}
+        parts = collectives.gather(dict(engine.local_gradients()))
+        answers[f"{name} in parts"] = {key: torch.cat([part[key] for part in parts]) for key in whole}
+    return answers
+
+
 def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, int, int, float]]:
     """(sample, message, tokens, logprob) of every turn of the data set, packed."""
     from sft_dist.data.plan import distribute
@@ -86,6 +111,22 @@ def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, 
     for pack in distribute(scoring_packs(selection), world.rank, world.size, 2):
         found += [(s.example, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, selection, pack)]
     return sorted(item for part in collectives.gather(found) for item in part)
+
+
+def parameters(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Whole parameters as the ranks hold them and as a checkpoint holds them, and the names of those in shards."""
+    config = run_config(case, folder)
+    engine = engines.training_engine(config, world, None)
+    whole, sharded = {}, []
+    for name, parameter in engine.causal_lm.named_parameters():
+        sharded += [name] if hasattr(parameter, "ds_tensor") else []
+        with zero.gathered(parameter):
+            whole[name] = parameter.detach().clone()
+    saved_in = folder / f"saved-{Path(case['model']).name}-{config.model.dtype}"
+    engine.save(saved_in)
+    collectives.barrier()
+    saved = {name: value.clone() for name, value in engines.stored_parameters(saved_in)}
+    return {"parameters": whole, "saved": saved, "sharded": sorted(sharded)}
 
 
 def full_disk(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
@@ -177,7 +218,15 @@ def heldout(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     return heldout_details(engine, selection, scoring_packs(selection), world, case["per_forward"]).as_dict()
 
 
-CASES = {"gradient": gradient, "scores": scores, "full_disk": full_disk, "objective": objective, "heldout": heldout}
+CASES = {
+    "gradient": gradient,
+    "repeated_gradient": repeated_gradient,
+    "scores": scores,
+    "parameters": parameters,
+    "full_disk": full_disk,
+    "objective": objective,
+    "heldout": heldout,
+}
 
 
 def main() -> None:

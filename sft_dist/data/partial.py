@@ -1,0 +1,214 @@
+"""A prepared data set in the making: finished chunks in one folder that any number of processes share.
+
+    KEY.partial/data/shard-00012.arrow    samples of chunk 12, becomes KEY/shard-00012.arrow
+    KEY.partial/chunk-00012.json          what was counted and refused; the chunk is done when this and the shard fit
+    KEY.partial/failed-ATTEMPT.json       why a process of an attempt gave up, for its peers
+    KEY.partial/alive-*                   touched by processes at work
+
+Every file is written under a name of its own and renamed. Names and bytes follow from the content alone, so processes,
+and unrelated runs, that make the same chunk do no harm to each other.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sft_dist import errors
+from sft_dist.data import store
+from sft_dist.data.sample import Sample
+from sft_dist.data.store import Refused, Shard
+from sft_dist.errors import ClusterError, StorageError, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of one source. Records are what was read, samples what came of those not refused."""
+
+    num_records: int = 0
+    num_refused: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.num_records + other.num_records,
+            self.num_refused + other.num_refused,
+            self.num_samples + other.num_samples,
+            self.num_tokens + other.num_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a finished chunk adds to the manifest. `shard` is None where all its records were refused."""
+
+    shard: Shard | None
+    by_source: dict[str, Counts]
+    num_split: int  # conversations in several samples
+    stop_ids: tuple[int, ...]
+    refused: tuple[Refused, ...]
+
+    @property
+    def total(self) -> Counts:
+        return sum(self.by_source.values(), Counts())
+
+
+class Partial:
+    def __init__(self, folder: Path) -> None:
+        """`folder` is the one that this becomes."""
+        self.folder = folder
+        self.path = folder.with_name(folder.name + ".partial")
+        self._data = self.path / "data"
+        self._me = secrets.token_hex(8)
+        self._done: dict[int, Counts] = {}
+        self._failures_before: set[tuple[str, int]] = set()
+
+    def __getstate__(self) -> Path:
+        return self.folder
+
+    def __setstate__(self, folder: Path) -> None:
+        self.__init__(folder)  # type: ignore[misc]
+
+    def open(self) -> None:
+        """Raises OSError where the folder cannot be made."""
+        self._data.mkdir(parents=True, exist_ok=True)
+        self._failures_before = set(self._failures())
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / store.MANIFEST).exists()
+
+    def publish(self, number: int, samples: Sequence[Sample], summary: Summary) -> None:
+        """Make chunk `number` visible to all. Raises OSError."""
+        if samples:
+            scratch = self._scratch(number)
+            shard = store.write_shard(scratch, samples)
+            self._publish(scratch, self._data / shard_name(number))
+            summary = replace(summary, shard=replace(shard, file=shard_name(number)))
+        self._write_json(self._chunk(number), asdict(summary))
+
+    def summary(self, number: int) -> Summary | None:
+        """None unless the chunk is complete: files that a crash cut short do not count."""
+        try:
+            tree = json.loads(self._chunk(number).read_bytes())
+            shard = None if tree["shard"] is None else Shard(**tree["shard"])
+            if shard is not None and (self._data / shard.file).stat().st_size != shard.num_bytes:
+                return None
+        except (FileNotFoundError, ValueError):
+            return None
+        return Summary(
+            shard,
+            {name: Counts(**counts) for name, counts in tree["by_source"].items()},
+            tree["num_split"],
+            tuple(tree["stop_ids"]),
+            tuple(Refused(**item) for item in tree["refused"]),
+        )
+
+    def counts(self, number: int) -> Counts | None:
+        """Of a complete chunk; asks the file system only until it is."""
+        if number not in self._done:
+            summary = self.summary(number)
+            if summary is None:
+                return None
+            self._done[number] = summary.total
+        return self._done[number]
+
+    def finished(self) -> list[Counts]:
+        """Of all complete chunks, whoever made them."""
+        with suppress(FileNotFoundError):
+            names = [entry.name for entry in os.scandir(self.path) if entry.name.startswith("chunk-")]
+            found = [self.counts(int(name.removeprefix("chunk-").removesuffix(".json"))) for name in names]
+            return [counts for counts in found if counts is not None]
+        return []
+
+    def missing(self, num_chunks: int) -> list[int]:
+        return [number for number in range(num_chunks) if self.counts(number) is None]
+
+    def finish(self, manifest: dict[str, Any], refused: Sequence[Refused]) -> None:
+        """Write what makes the data a prepared data set and give it its name. Others may do the same meanwhile."""
+        scratch = self._scratch(0)
+        store.write_refused(scratch, refused)
+        self._publish(scratch, self._data / store.REFUSED)
+        store.write_manifest(scratch, manifest)
+        self._publish(scratch, self._data / store.MANIFEST)
+        try:
+            os.rename(self._data, self.folder)
+        except OSError:
+            if not self.is_finished:
+                if self.folder.exists():
+                    raise StorageError(
+                        f"{self.folder}: has no {store.MANIFEST}; delete this folder and prepare again"
+                    ) from None
+                raise
+
+    def shard_paths(self, summaries: Sequence[Summary]) -> list[Path]:
+        return [self._data / summary.shard.file for summary in summaries if summary.shard is not None]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def touch(self) -> None:
+        """Show the others that this process is at work."""
+        with suppress(OSError):
+            (self.path / f"alive-{self._me}").touch()
+
+    def pulse(self) -> object:
+        """A value that changes whenever any process is at work."""
+        with suppress(OSError):
+            return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(self.path) if "alive-" in entry.name}
+        return None
+
+    def write_failure(self, attempt: int, rank: int, error: BaseException) -> None:
+        tree = {"kind": type(error).__name__, "message": str(error), "rank": rank}
+        with suppress(OSError):
+            self._write_json(self.path / f"failed-{attempt:08x}.json", tree)
+
+    def raise_failure(self, attempt: int) -> None:
+        """Raise what ended another process of this attempt. Failures from before `open` are of earlier attempts."""
+        name = f"failed-{attempt:08x}.json"
+        found = [failure for failure in self._failures() if failure[0] == name]
+        if not found or found[0] in self._failures_before:
+            return
+        try:
+            tree = json.loads((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return  # another run has finished, and removed everything
+        kind = getattr(errors, tree["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, UserError):
+            raise kind(tree["message"])
+        raise ClusterError(f"rank {tree['rank']} failed while preparing: {tree['kind']}: {tree['message']}")
+
+    def _failures(self) -> list[tuple[str, int]]:
+        with suppress(FileNotFoundError):
+            return [(e.name, e.stat().st_mtime_ns) for e in os.scandir(self.path) if e.name.startswith("failed-")]
+        return []
+
+    def _chunk(self, number: int) -> Path:
+        return self.path / f"chunk-{number:05d}.json"
+
+    def _scratch(self, number: int) -> Path:
+        self._data.mkdir(parents=True, exist_ok=True)  # another run may just have finished and removed it
+        return self.path / f"scratch-{self._me}-{number}"
+
+    def _publish(self, scratch: Path, path: Path) -> None:
+        try:
+            os.replace(scratch, path)
+        except FileNotFoundError:
+            # Another run has finished the whole set; what we have made is in it.
+            if not self.is_finished:
+                raise
+
+    def _write_json(self, path: Path, tree: Any) -> None:
+        scratch = self._scratch(0)
+        scratch.write_text(json.dumps(tree))
+        self._publish(scratch, path)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.arrow"
