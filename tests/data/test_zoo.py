@@ -233,7 +233,7 @@ def check_refusal(family: Family, conversation: Conversation, error: RecordError
     except Refused:
         reasons = {"template error"}
         if conversation.tools or any(message.tool_calls or message.reasoning for message in conversation.messages):
-            reasons.add("template drops a message")
+            reasons |= {"template drops a message", "template changes the answer"}
         if has_added_text(family, conversation):
             reasons |= {"private-use text", "control text"}
         assert error.reason in reasons, error
