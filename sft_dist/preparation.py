@@ -57,13 +57,18 @@ def policy(config: RunConfig) -> Policy:
     )
 
 
+def repeats(config: RunConfig) -> dict[str, float]:
+    """How often an epoch holds the conversations of each source of training data, by name."""
+    return {formats.source_name(source): source.repeat for source in config.data.train}
+
+
 def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Plan]:
     """The training data and the plan over it. Raises DataError when nothing is left to train on."""
     if not config.data.train:
         raise ConfigError("data.train: required for training, but empty")
     selection = Selection(prepare(config.data.train, config.model, config.data, share), policy(config))
     _refuse_overflow(selection, config)
-    repeat_of = {formats.source_name(source): source.repeat for source in config.data.train}
+    repeat_of = repeats(config)
     try:
         plan = Plan(
             selection.lengths,
@@ -120,7 +125,7 @@ def describe(dataset: PreparedDataset, config: RunConfig) -> str:
     if manifest["num_duplicates"]:
         what = "left out" if config.data.deduplicate else "kept; data.deduplicate leaves them out"
         lines.append(f"  duplicates     {manifest['num_duplicates']:,} conversations are exact repetitions ({what})")
-    lines += _by_source(selection)
+    lines += _by_source(selection, repeats(config))
     if manifest["num_refused"]:
         reasons = summarise(Counter(manifest["num_refused"]))
         lines.append(f"  refused        {reasons} (listed in {dataset.folder / REFUSED})")
@@ -129,6 +134,13 @@ def describe(dataset: PreparedDataset, config: RunConfig) -> str:
         lines.append(f"  left out       {_summary(selection.left_out)} (overflow: {config.data.overflow})")
         lines += [f"    {_line(dataset, item)}" for item in selection.left_out[:_NAMED]]
     return "\n".join(lines)
+
+
+def say_overlap(train: Selection, heldout: Selection) -> None:
+    """Say how many held-out conversations are trained on too: their NLL says nothing about unseen ones."""
+    trained, held_out = (set(s.dataset.column("digest")[s.samples].tolist()) for s in (train, heldout))
+    if shared := len(trained & held_out):
+        say(f"warning: {shared:,} of {len(held_out):,} held-out conversations are in the training data as well")
 
 
 def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
@@ -164,16 +176,19 @@ def say_left_out(selections: Mapping[str, Selection], config: RunConfig) -> None
             )
 
 
-def _by_source(selection: Selection) -> list[str]:
+def _by_source(selection: Selection, repeat_of: Mapping[str, float]) -> list[str]:
     names = sorted(set(selection.sources))
     if len(names) < 2:
         return []
+    mass = selection.mass * [repeat_of.get(name, 1.0) for name in selection.sources]
     lines = []
     for name in names:
         mine = selection.sources == name
         tokens, targets = int(selection.lengths[mine].sum()), int(selection.num_targets[mine].sum())
-        share = selection.mass[mine].sum() / max(selection.mass.sum(), 1e-300)
-        lines.append(f"  source         {name}: {tokens:,} tokens, {targets:,} targets, {share:.1%} of the weight")
+        share = mass[mine].sum() / max(mass.sum(), 1e-300)
+        lines.append(
+            f"  source         {name}: {tokens:,} tokens, {targets:,} targets, {share:.1%} of an epoch's weight"
+        )
     return lines
 
 

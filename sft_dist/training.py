@@ -11,7 +11,7 @@ from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, UserError, say
-from sft_dist.preparation import heldout_set, say_left_out, share_of, training_set, write_left_out
+from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
 
 
 def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
@@ -51,6 +51,8 @@ def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
     if world.is_main:
         sets = {"train": selection} | ({"heldout": heldout} if heldout is not None else {})
         say_left_out(sets, config)
+        if heldout is not None:
+            say_overlap(selection, heldout)
         write_left_out(sets, run_dir / "left_out.jsonl")
         _say_plan(config, world, plan)
     result = _with_group(config, world, selection, plan, heldout)
@@ -162,7 +164,7 @@ def initial_weights(config: RunConfig) -> Path | None:
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
     say(
-        f"{plan.num_samples:,} conversations, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
+        f"{plan.num_samples:,} samples, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
         f"{plan.num_packs:,} packs of {config.data.max_length:,} (fill {plan.fill:.1%}); {plan.num_steps:,} steps of "
         f"{plan.global_packs:,} packs on {world.size:,} rank(s)"
     )

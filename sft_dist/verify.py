@@ -5,23 +5,20 @@ tokenizer's own apply_chat_template, packed log-probs by the model's forward on 
 separate passes, the gradient of a step in two layouts. Takes no step, and writes nothing but prepared data.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from difflib import SequenceMatcher
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft_dist.config import RunConfig
-from sft_dist.data import formats
-from sft_dist.data.conversation import Conversation, Message, Record, Text, Tokens, texts_of
+from sft_dist.data import comparison, formats
+from sft_dist.data.conversation import Conversation, Record
 from sft_dist.data.packing import Pack, best_fit_decreasing
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import summarise
-from sft_dist.data.renderer import Renderer, load_renderer
-from sft_dist.data.sample import Sample, Span
+from sft_dist.data.renderer import load_renderer
 from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ExitCode
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 # Relative difference of a step's gradient between two layouts (L2 norm over all parameters), by dtype of the weights.
 GRADIENT_ROUNDING = {"float32": 1e-3, "bfloat16": 5e-2}
 _NAMED = 3
-_ASKS_FOR_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +113,18 @@ def check_rendering(config: RunConfig, selection: Selection, chosen: Sequence[in
     for sample in samples:
         record = records[sample.index]
         for span in (span for span in sample.spans if span.turn and span.is_owned):
-            outcome, expected = _compare_context(renderer, config, record, sample, span)
+            outcome, expected = comparison.compare_context(
+                renderer, record, sample, span, date=config.data.date, template_kwargs=config.data.template_kwargs
+            )
             outcomes[outcome] += 1
             where = f"    {record.where}: message {span.message + 1}: "
-            if outcome == _DIFFERENT:
-                contexts.append(where + _difference(renderer, sample.ids[: span.output_start].tolist(), expected))
+            if outcome == comparison.DIFFERENT:
+                contexts.append(
+                    where + comparison.difference(renderer, sample.ids[: span.output_start].tolist(), expected)
+                )
             if isinstance(record, Conversation):
                 num_answers += 1
-                fault = _answer_fault(renderer, record.messages[span.message], sample, span)
+                fault = comparison.answer_fault(renderer, record.messages[span.message], sample, span)
                 answers += [where + fault] if fault else []
     compared = f"contexts against apply_chat_template: {summarise(outcomes)}"
     spans = f"answers that decode to what was written and end in a control token, of {num_answers:,}"
@@ -132,81 +132,6 @@ def check_rendering(config: RunConfig, selection: Selection, chosen: Sequence[in
         Check("rendering", compared, len(contexts), 0, "unexplained", tuple(contexts[:_NAMED])),
         Check("spans", spans, len(answers), 0, "wrong", tuple(answers[:_NAMED])),
     ]
-
-
-_EQUAL = "with equal ids"
-_STAYS_TEXT = "in which text that looks like control tokens stays text"
-_CUT = "cut where an earlier answer begins, as at inference"
-_REFUSED = "that the template does not render on their own"
-_DIFFERENT = "different"
-
-
-def _compare_context(
-    renderer: Renderer, config: RunConfig, record: Record, sample: Sample, span: Span
-) -> tuple[str, list[int]]:
-    """How the tokens before an answer compare with those that the tokenizer itself makes, and the latter."""
-    from jinja2 import TemplateError
-
-    def today(call: re.Match[str]) -> str:
-        return repr(config.data.date.strftime(call[2]))
-
-    ours = sample.ids[: span.output_start].tolist()
-    match record:
-        case Conversation():
-            before = record.messages[: span.message]
-            try:
-                expected = renderer.tokenizer.apply_chat_template(
-                    [renderer.plain(message) for message in before],
-                    tools=list(record.tools) or None,
-                    chat_template=_ASKS_FOR_TODAY.sub(today, renderer.template or ""),
-                    add_generation_prompt=True,
-                    return_dict=False,
-                    **config.data.template_kwargs,
-                )
-            except TemplateError:
-                return _REFUSED, []
-        case Text():
-            ours, expected = sample.ids.tolist(), renderer.tokenizer(record.text).input_ids
-            expected += [] if expected[-1:] == ours[-1:] else [renderer.tokenizer.eos_token_id]
-        case Tokens():
-            ours, expected = sample.ids.tolist(), record.ids.tolist()
-        case _:
-            raise AssertionError(record)
-    if ours == expected:
-        return _EQUAL, expected
-    decode = renderer.tokenizer.backend_tokenizer.decode
-    if decode(ours, skip_special_tokens=False) != decode(expected, skip_special_tokens=False):
-        return _DIFFERENT, expected
-    if not isinstance(record, Tokens) and renderer.marks_in("\n".join(texts_of(asdict(record)))):
-        return _STAYS_TEXT, expected
-    earlier = [other.output_start for other in sample.spans if other.turn and other.message < span.message]
-    return (_CUT if _differ_only_at(ours, expected, earlier) else _DIFFERENT), expected
-
-
-def _differ_only_at(ours: list[int], expected: list[int], places: Sequence[int]) -> bool:
-    """Whether every difference of two sequences touches one of the places (positions in `ours`)."""
-    changes = SequenceMatcher(None, ours, expected, autojunk=False).get_opcodes()
-    return all(tag == "equal" or any(first <= place <= last for place in places) for tag, first, last, _, _ in changes)
-
-
-def _answer_fault(renderer: Renderer, message: Message, sample: Sample, span: Span) -> str | None:
-    """What is wrong with an answer's trained tokens, if anything."""
-    output = sample.ids[span.output_start : span.output_end].tolist()
-    decoded = renderer.tokenizer.backend_tokenizer.decode(output, skip_special_tokens=False)
-    if not output or output[-1] not in renderer.control_ids:
-        return f"does not end in a control token: {decoded[-60:]!r}"
-    written = [message.content or "", message.reasoning or "", *(call.name for call in message.tool_calls)]
-    lost = [piece for text in written for piece in renderer.between_marks(text) if piece not in decoded]
-    return f"{lost[0][:60]!r} is not in {decoded[:60]!r}" if lost else None
-
-
-def _difference(renderer: Renderer, ours: list[int], expected: list[int]) -> str:
-    """Where two sequences part, for people."""
-    pairs = zip(ours, expected, strict=False)
-    at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(expected)))
-    decode = renderer.tokenizer.backend_tokenizer.decode
-    shown = [decode(ids[max(at - 4, 0) : at + 6], skip_special_tokens=False) for ids in (ours, expected)]
-    return f"from token {at:,} on: prepared …{shown[0]!r}…, apply_chat_template …{shown[1]!r}…"
 
 
 def _records(config: RunConfig, wanted: set[int]) -> dict[int, Record]:

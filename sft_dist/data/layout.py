@@ -109,10 +109,8 @@ def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Seq
         return
 
     def without_parts(text: str) -> str:
-        body = text.strip()
-        if not renderer.may_join(body):
-            return text
-        return text.replace(body, f"{_NO_MARK}{body[1:-1]}{_NO_MARK}" if len(body) > 1 else _NO_MARK, 1)
+        marks = [*mark.findall(text), ""]
+        return "".join(_without_edges(renderer, said) + m for said, m in zip(mark.split(text), marks, strict=True))
 
     twin = _mapped(escaped, without_parts, without_parts)
     if twin == escaped:
@@ -229,6 +227,8 @@ def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tu
     for form in dict.fromkeys((written, written.strip(), *forms)):
         at = text.rfind(form, start, end)
         if at >= 0:
+            if form and text.find(form, start, end) != at:
+                at = _place_of(work, text, number, form, at)
             return at, at + len(form)
         if form in text:  # merged into another message, as some templates do with the system message
             return start, start
@@ -236,6 +236,15 @@ def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tu
         "template drops a message",
         f"message {number + 1} ({work.messages[number].role}) is not in the rendered text: {_short(written)}",
     )
+
+
+def _place_of(work: _Renders, text: str, number: int, form: str, otherwise: int) -> int:
+    """Where a content begins that its surroundings hold too (an `m` before <|im_end|>): a render with another tells."""
+    try:
+        at = work.start_of_content(number, text)
+    except RecordError:
+        return otherwise
+    return at if text.startswith(form, at) else otherwise
 
 
 def _check_nothing_is_hidden(work: _Renders, first: int, end: int) -> None:
@@ -357,6 +366,13 @@ def _without_control_text(renderer: Renderer, conversation: Conversation) -> tup
         lambda text: everywhere.sub(lambda match: stand_in_of[match.group()], text),
     )
     return escaped, {character: text for text, character in stand_in_of.items()}
+
+
+def _without_edges(renderer: Renderer, text: str) -> str:
+    body = text.strip()
+    if not renderer.may_join(body):
+        return text
+    return text.replace(body, f"{_NO_MARK}{body[1:-1]}{_NO_MARK}" if len(body) > 1 else _NO_MARK, 1)
 
 
 def _mapped(

@@ -234,8 +234,9 @@ def _make_chunk(renderer: Renderer, partial: Partial, task: Task) -> None:
             num_tokens = sum(len(sample.ids) for sample in result)
             counts = Counts(num_records=1, num_samples=len(result), num_tokens=num_tokens)
         by_source[row.source] = by_source.get(row.source, Counts()) + counts
-    stops = {int(s.ids[span.output_end - 1]) for s in samples for span in s.spans if span.turn and span.is_owned}
-    summary = Summary(None, by_source, num_split, tuple(sorted(stops)), tuple(refused))
+    ends = {int(s.ids[span.output_end - 1]) for s in samples for span in s.spans if span.turn and span.is_owned}
+    stop_ids = ends & renderer.control_ids  # given tokens may end in any token
+    summary = Summary(None, by_source, num_split, tuple(sorted(stop_ids)), tuple(refused))
     try:
         partial.publish(number, samples, summary)
     except OSError as error:

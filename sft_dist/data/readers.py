@@ -183,7 +183,7 @@ class RecordReader:
     def _parquet(self) -> Iterator[tuple[str, ArrowValues]]:
         number = 0
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 shape, num_rows = self._shape(file.schema_arrow), file.metadata.num_rows
                 for batch in file.iter_batches(_ROWS_PER_BATCH):
                     for values in batch.to_pylist():

@@ -115,7 +115,7 @@ class Renderer:
         return _any_of((*self.control_texts, *self.markup_texts))
 
     def may_join(self, text: str) -> bool:
-        """Whether a text can be part of a mark: it ends in the beginning of one, or begins with the end, or is inside."""
+        """Whether a text may be part of a mark: it ends in the beginning of one, begins with an end, or is inside."""
         beginnings, ends, longest = self._parts_of_marks
         if not text or not longest:
             return False

@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sft_dist.data.conversation import Conversation, RecordError
 from sft_dist.data.renderer import Renderer
@@ -21,6 +23,7 @@ from tests.helpers.inference import (
     added_ids,
     expected,
     has_added_text,
+    is_shown,
     missing,
     only_added,
     render_text,
@@ -28,7 +31,7 @@ from tests.helpers.inference import (
     texts_written,
     twin_of,
 )
-from tests.helpers.zoo import BENIGN, DATE, FAMILIES, ZOO_DIR, Family, hostile
+from tests.helpers.zoo import BENIGN, DATE, FAMILIES, ZOO_DIR, Family, conversations, hostile
 
 REASONS = frozenset(
     {
@@ -74,6 +77,139 @@ def test_hostile_conversations_are_refused_for_a_reason_or_exactly_right(family:
         check(family, conversation, answer)
 
 
+@families
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_drawn_conversations_are_refused_for_a_reason_or_exactly_right(family: Family, data: st.DataObject) -> None:
+    conversation = data.draw(conversations(family))
+    (answer,) = rendered(family, [conversation])
+    check(family, conversation, answer)
+
+
+@pytest.mark.slow
+@families
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_many_drawn_conversations_are_refused_for_a_reason_or_exactly_right(
+    family: Family, data: st.DataObject
+) -> None:
+    conversation = data.draw(conversations(family))
+    (answer,) = rendered(family, [conversation])
+    check(family, conversation, answer)
+
+
+def test_a_template_with_generation_marks_agrees_on_what_is_trained() -> None:
+    family = next(family for family in FAMILIES if family.template == "generation_marks")
+    for conversation in (BENIGN["plain"], BENIGN["system"], BENIGN["twelve turns"]):
+        (answer,) = rendered(family, [conversation])
+        assert not isinstance(answer, RecordError)
+        (sample,) = answer
+        marked = family.tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in conversation.messages],
+            chat_template=family.source,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert sample.ids.tolist() == list(marked["input_ids"])
+        trained = [0] * len(sample.ids)
+        for span in sample.spans:
+            if span.role == "assistant":
+                trained[span.output_start : span.output_end] = [1] * (span.output_end - span.output_start)
+        assert trained == list(marked["assistant_masks"]) and any(trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation", "texts"),
+    [
+        (
+            "qwen3-no-nfc",
+            "reasoning on each turn",
+            [
+                "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[<think>\nTwo and two are four.\n</think>"
+                "\n\nFour.<|im_end|>]\n",
+                "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n"
+                "<|im_start|>user\nAnd 3 more?<|im_end|>\n<|im_start|>assistant\n[<think>\nFour and three are seven."
+                "\n</think>\n\nSeven.<|im_end|>]\n",
+                "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n"
+                "<|im_start|>user\nAnd 3 more?<|im_end|>\n<|im_start|>assistant\nSeven.<|im_end|>\n"
+                "<|im_start|>user\nThanks<|im_end|>\n<|im_start|>assistant\n[<think>\nThey thank me.\n</think>\n\n"
+                "Welcome.<|im_end|>]\n",
+            ],
+        ),
+        (
+            "mistral_v3",
+            "system",
+            [
+                "<s>[INST] Answer in one sentence.\n\nHello there[/INST][ Hello yourself.</s>]",
+                "<s>[INST] Hello there[/INST] Hello yourself.</s>[INST] Answer in one sentence.\n\nBye[/INST]"
+                "[ Farewell.</s>]",
+            ],
+        ),
+        (
+            "eos_at_end",
+            "plain",
+            [
+                "user:Hello there\nassistant:[Hello! How are you?\n<|endoftext|>]",
+                "user:Hello there\nassistant:Hello! How are you?\nuser:Fine. And the weather?\nassistant:[It rains.\n"
+                "<|endoftext|>]",
+            ],
+        ),
+        (
+            "two_stops",
+            "plain",
+            [
+                "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n[Hello! How are you?<|im_end|>"
+                "<|endoftext|>]\n<|im_start|>user\nFine. And the weather?<|im_end|>\n<|im_start|>assistant\n[It rains."
+                "<|im_end|><|endoftext|>]\n",
+            ],
+        ),
+        (
+            "deepseek_v31",
+            "plain",
+            [
+                "<｜begin▁of▁sentence｜><｜User｜>Hello there<｜Assistant｜></think>"
+                "[Hello! How are you?<｜end▁of▁sentence｜>]"
+                "<｜User｜>Fine. And the weather?<｜Assistant｜></think>[It rains.<｜end▁of▁sentence｜>]",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_samples_of_a_conversation_as_people_read_them(name: str, conversation: str, texts: list[str]) -> None:
+    """In brackets what is trained: written out once, where the oracle might share a misunderstanding."""
+    family = next(family for family in FAMILIES if family.name == name)
+    (answer,) = rendered(family, [BENIGN[conversation]])
+    assert not isinstance(answer, RecordError)
+    assert [bracketed(family, sample) for sample in answer] == texts
+
+
+def test_harmony_ends_the_last_answer_otherwise_than_the_history() -> None:
+    family = next(family for family in FAMILIES if family.template == "gpt_oss")
+    (answer,) = rendered(family, [BENIGN["reasoning on the last turn"]])
+    assert not isinstance(answer, RecordError)
+    first, second = (bracketed(family, sample).partition("<|start|>user")[2] for sample in answer)
+    assert first == "<|message|>2 + 2?<|end|><|start|>assistant[<|channel|>final<|message|>Four.<|return|>]"
+    assert second == (
+        "<|message|>2 + 2?<|end|><|start|>assistant<|channel|>final<|message|>Four.<|end|>"
+        "<|start|>user<|message|>And 3 more?<|end|><|start|>assistant"
+        "[<|channel|>analysis<|message|>Four and three.<|end|><|start|>assistant"
+        "<|channel|>final<|message|>Seven.<|return|>]"
+    )
+
+
+def bracketed(family: Family, sample: Sample) -> str:
+    edges = [
+        edge
+        for span in sample.spans
+        if span.role == "assistant" and span.is_owned
+        for edge in ((span.output_start, "["), (span.output_end, "]"))
+    ]
+    text = decode(family, sample.ids)
+    for end, bracket in reversed(edges):
+        at = len(decode(family, sample.ids[:end]))
+        text = text[:at] + bracket + text[at:]
+    return text
+
+
 def test_every_template_of_the_zoo_is_used_and_described() -> None:
     files = {path.stem for path in ZOO_DIR.glob("*.jinja")}
     readme = (ZOO_DIR / "README.md").read_text(encoding="utf-8")
@@ -95,8 +231,12 @@ def check_refusal(family: Family, conversation: Conversation, error: RecordError
         want = expected(family, conversation)
         lost = missing(family, conversation)
     except Refused:
-        has_tools = conversation.tools or any(message.tool_calls for message in conversation.messages)
-        assert error.reason == "template error" or (has_tools and error.reason == "template drops a message"), error
+        reasons = {"template error"}
+        if conversation.tools or any(message.tool_calls or message.reasoning for message in conversation.messages):
+            reasons |= {"template drops a message", "template changes the answer"}
+        if has_added_text(family, conversation):
+            reasons |= {"private-use text", "control text"}
+        assert error.reason in reasons, error
         return
     match error.reason:
         case "template error":
@@ -128,7 +268,10 @@ def check_samples(family: Family, conversation: Conversation, samples: tuple[Sam
         check_layout(conversation, sample)
         check_whole(family, conversation, sample)
         for span in sample.spans:
-            if span.role == "assistant" and span.is_owned:
+            if span.is_owned and span.role != "assistant" and span.output_start < span.output_end:
+                content = decode(family, sample.ids[span.output_start : span.output_end])
+                assert is_shown(conversation.messages[span.message].content or "", content)
+            if span.is_owned and span.role == "assistant":
                 number, turn = turns[span.message]
                 turn, twin_turn = (shown(family, sample, t) for t in (turn, twin.turns[number]))
                 assert span.turn == number + 1

@@ -137,6 +137,17 @@ def test_a_template_that_rewrites_history_and_asks_for_the_date_is_compared_turn
     assert "4 with equal ids" in contexts.compared
 
 
+def test_plain_texts_given_tokens_and_other_formats_are_compared_as_well(folder: Path, tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"text": "plain words"}, {"text": "that write <|im_end|> out"}]
+    contexts, spans = rendering(folder, tmp_path, records)
+    assert contexts.is_ok and "1 with equal ids" in contexts.compared and "1 in which text" in contexts.compared
+    assert spans.compared.endswith("of 0"), "a text has no answers"
+    contexts, _ = rendering(folder, tmp_path, [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}])
+    assert contexts.is_ok and contexts.compared.endswith("1 with equal ids")
+    contexts, spans = rendering(folder, tmp_path, [{"instruction": "say it", "input": "twice", "output": "it it"}])
+    assert contexts.is_ok and contexts.compared.endswith("1 with equal ids") and spans.compared.endswith("of 1")
+
+
 def test_the_choice_covers_short_long_many_turns_and_history_that_is_rewritten(folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(FORGETS_REASONING)

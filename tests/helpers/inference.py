@@ -1,7 +1,7 @@
 """What a model sees and should write at inference, turn by turn, from transformers' own apply_chat_template.
 
-Nothing here knows how the package renders. What a conversation's structure demands (stop tokens, the sequence of control
-tokens) is read from a twin of it, in which every text is a word of plain letters.
+Nothing here knows how the package renders. The sequence of control tokens that a conversation's structure demands is
+read from a twin of it, in which every text is a word of plain letters.
 """
 
 import datetime
@@ -71,7 +71,7 @@ def render_text(family: Family, conversation: Conversation, upto: int, *, prompt
 
 
 def expected(family: Family, conversation: Conversation) -> Expected:
-    """The turns as at inference. Raises Refused where the template refuses the conversation or a part that is needed."""
+    """The turns as at inference. Raises Refused where the template refuses a part of the conversation."""
     full = render_text(family, conversation, len(conversation.messages), prompt=False)
     turns = []
     for number, message in enumerate(conversation.messages):

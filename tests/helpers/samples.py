@@ -14,9 +14,9 @@ from sft_dist.data.store import PreparedDataset
 def prepared(folder: Path, samples: Sequence[Sample]) -> PreparedDataset:
     folder.mkdir(parents=True, exist_ok=True)
     shard = store.write_shard(folder / "shard-00000.arrow", samples)
-    store.write_refused(folder, [])
+    store.write_refused(folder / store.REFUSED, [])
     manifest = {"shards": [asdict(shard)], "num_refused": {}, "num_records": len(samples), "stop_ids": []}
-    store.write_manifest(folder, manifest)
+    store.write_manifest(folder / store.MANIFEST, manifest)
     return PreparedDataset(folder)
 
 

@@ -7,6 +7,8 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 from sft_dist.data.conversation import Conversation, Message, ToolCall
 from tests.helpers.tokenizers import byte_level, sentencepiece, unigram
 
@@ -22,6 +24,7 @@ _CHATML = partial(
 )
 _QWEN = partial(_CHATML, nfc=True, eos="<|im_end|>", pad="<|endoftext|>")
 _GPT2 = partial(byte_level, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], THINK)
+_GPT2_CHATML = partial(_GPT2, eos="<|im_end|>")
 _LLAMA3 = partial(
     byte_level,
     ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"],
@@ -172,13 +175,11 @@ FAMILIES = (
     Family("zephyr", "</s>", _T5, _CHAT_ONLY, variant="unigram"),
     Family("command_r", "<|END_OF_TURN_TOKEN|>", _COMMAND_R, _CHAT_ONLY),
     Family("gpt_oss", "<|return|>", _GPT_OSS, {"two tool calls": ERROR}, call_stop="<|call|>"),
-    Family("generation_marks", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("generation_marks", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
     Family("no_system", "<|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), {**_CHAT_ONLY, "system": ERROR}),
-    Family("strips", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family(
-        "rewrites", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY
-    ),
-    Family("dated", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
+    Family("strips", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
+    Family("rewrites", "<|im_end|>", _GPT2_CHATML, dict.fromkeys(_EVERYTHING, CHANGES) | _CHAT_ONLY),
+    Family("dated", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
     Family("two_stops", "<|im_end|><|endoftext|>", partial(_GPT2, eos="<|endoftext|>"), _CHAT_ONLY),
     Family("phi4", "<|im_end|>", partial(_CHATML, eos="<|endoftext|>"), _CHAT_ONLY, variant="stop-is-not-eos"),
     Family("no_stop", "", partial(_GPT2, eos="<|endoftext|>"), dict.fromkeys(_EVERYTHING, "no stop token") | _NO_TOOLS),
@@ -190,8 +191,8 @@ FAMILIES = (
         _CHAT_ONLY,
         history_stop="<|im_end|>",
     ),
-    Family("dated_by_variable", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), _CHAT_ONLY),
-    Family("drops_system", "<|im_end|>", partial(_GPT2, eos="<|im_end|>"), {**_CHAT_ONLY, "system": DROPS}),
+    Family("dated_by_variable", "<|im_end|>", _GPT2_CHATML, _CHAT_ONLY),
+    Family("drops_system", "<|im_end|>", _GPT2_CHATML, {**_CHAT_ONLY, "system": DROPS}),
     Family("bos_once", "<|im_end|>", partial(_GPT2, adds_bos=True, bos="<|endoftext|>", eos="<|im_end|>"), _CHAT_ONLY),
     Family(
         "bos_twice",
@@ -350,6 +351,40 @@ def hostile(family: Family) -> dict[str, Conversation]:
             "markup in arguments": _calls(text, {"city": text}),
         }
     return found
+
+
+def texts(family: Family) -> st.SearchStrategy[str]:
+    """Any Unicode text, mixed with what the tokenizer and the template of a family might take for their own."""
+    added = list(family.tokenizer.added_tokens_encoder)
+    own = st.sampled_from(
+        [*added, *(token[:-1] for token in added), *(token[1:] for token in added), "assistant", "user", "<", ">", "/s"]
+    )
+    odd = st.sampled_from(
+        ["\n", "\n\n\n", " ", "   ", "\r\n", "\t", "\x00", "\ufeff", "e\u0301", "👩‍👩‍👧", "日本", "\U000f0000"]
+    )
+    words = st.sampled_from(["Hello", "Paris", "a", "It rains.", "w1w", "12:00", '{"a": "b"}', "\\n"])
+    anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    return st.lists(own | odd | words | anything, max_size=5).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, family: Family) -> Conversation:
+    """Conversations of any shape that the formats let through: answers say something, other contents are not null."""
+    text = texts(family)
+    said = text.filter(lambda content: bool(content.strip()))
+    thought = st.none() | said
+    messages = draw(st.lists(st.builds(Message, st.sampled_from(["system", "developer"]), text), max_size=1))
+    tools: tuple[dict[str, Any], ...] = ()
+    for _ in range(draw(st.integers(1, 3))):
+        if draw(st.integers(0, 9)):
+            messages.append(user(draw(text)))
+        if draw(st.integers(0, 3)) == 0:
+            tools = (schema("get_weather", draw(said), city={"type": "string", "enum": [draw(text)]}),)
+            values = text | st.none() | st.booleans() | st.integers() | st.lists(text, max_size=2)
+            call = replace(CALL, arguments=draw(st.dictionaries(said, values, max_size=2)))
+            messages += [assistant(draw(st.none() | text), call, reasoning=draw(thought)), result(draw(text), call)]
+        messages.append(assistant(draw(said), reasoning=draw(thought)))
+    return conversation(*messages, tools=tools)
 
 
 def _calls(content: str, arguments: dict[str, Any]) -> Conversation:

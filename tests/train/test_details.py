@@ -1,4 +1,4 @@
-"""Figures by group: who is counted where, and how they are written. Values over ranks: tests/model/test_objective.py."""
+"""Figures by group: who is counted where, and how they are written; tests/model/test_objective.py has their values."""
 
 import json
 from pathlib import Path
