@@ -3,11 +3,11 @@
     python -m venv /tmp/trl && /tmp/trl/bin/pip install trl
     python benchmarks/prepare.py --data DATA.jsonl.gz --model MODEL --trl-python /tmp/trl/bin/python
 
-The data are prepared as they are and, with --times N, N times over with changed ids and first words. Both render the same
-ChatML template, mask everything but answers and pack to max_length by best fit; ours also verifies every span by
-decoding and stores the mask of every role. TRL needs a model: it gets one of 8 hidden units with MODEL's tokenizer; what
-its imports and that model cost alone is measured too. Runs alternate; medians count. Wall time suffers from
-neighbours, CPU time (of all processes) much less. Peak memory is the largest sum of resident sets of the process tree.
+The data are prepared as they are and, with --times N, N times over with changed ids and first words. Both render the
+same ChatML template, mask everything but answers and pack to max_length by best fit; ours also verifies every span by
+decoding and stores the place of every message. TRL needs a model: it gets one of 8 hidden units with MODEL's tokenizer;
+what its imports and that model cost alone is measured too. Runs alternate; medians count. Wall time suffers from
+neighbours, CPU time (of all processes) less. Peak memory is the largest sum of resident sets of the process tree.
 """
 
 import argparse

@@ -11,9 +11,10 @@ import numpy as np
 
 from sft_dist.config import RunConfig
 from sft_dist.data import formats
+from sft_dist.data.manifest import summarise
 from sft_dist.data.packing import best_fit_decreasing
 from sft_dist.data.plan import Plan
-from sft_dist.data.prepare import ALONE, Share, prepare, summarise
+from sft_dist.data.prepare import ALONE, Share, prepare
 from sft_dist.data.selection import LeftOut, Policy, Selection
 from sft_dist.data.store import REFUSED, PreparedDataset
 from sft_dist.distributed.world import World, find_world

@@ -15,9 +15,9 @@ import numpy as np
 from sft_dist.config import RunConfig
 from sft_dist.data import comparison, formats
 from sft_dist.data.conversation import Conversation, Record
+from sft_dist.data.manifest import summarise
 from sft_dist.data.packing import Pack, best_fit_decreasing
 from sft_dist.data.plan import Plan
-from sft_dist.data.prepare import summarise
 from sft_dist.data.renderer import load_renderer
 from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World, find_world

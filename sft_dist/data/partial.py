@@ -67,7 +67,8 @@ class Partial:
         self._data = self.path / "data"
         self._me = secrets.token_hex(8)
         self._done: dict[int, Counts] = {}
-        self._failures_before: set[tuple[str, int]] = set()
+        self._failure = self.path / "failed"
+        self._failed_before: int | None = None
 
     def __getstate__(self) -> Path:
         return self.folder
@@ -75,10 +76,11 @@ class Partial:
     def __setstate__(self, folder: Path) -> None:
         self.__init__(folder)  # type: ignore[misc]
 
-    def open(self) -> None:
+    def open(self, attempt: int) -> None:
         """Raises OSError where the folder cannot be made."""
         self._data.mkdir(parents=True, exist_ok=True)
-        self._failures_before = set(self._failures())
+        self._failure = self.path / f"failed-{attempt:08x}.json"
+        self._failed_before = self._failed_at()
 
     @property
     def is_finished(self) -> bool:
@@ -128,7 +130,12 @@ class Partial:
         return []
 
     def missing(self, num_chunks: int) -> list[int]:
-        return [number for number in range(num_chunks) if self.counts(number) is None]
+        self.finished()
+        return [number for number in range(num_chunks) if number not in self._done]
+
+    def forget(self) -> None:
+        """Look at every chunk anew."""
+        self._done = {}
 
     def finish(self, manifest: dict[str, Any], refused: Sequence[Refused]) -> None:
         """Write what makes the data a prepared data set and give it its name. Others may do the same meanwhile."""
@@ -164,19 +171,19 @@ class Partial:
             return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(self.path) if "alive-" in entry.name}
         return None
 
-    def write_failure(self, attempt: int, rank: int, error: BaseException) -> None:
-        tree = {"kind": type(error).__name__, "message": str(error), "rank": rank}
-        with suppress(OSError):
-            self._write_json(self.path / f"failed-{attempt:08x}.json", tree)
+    def write_failure(self, rank: int, error: BaseException) -> None:
+        """Tell the others of this attempt, unless one of them has told us."""
+        if self._failed_at() == self._failed_before:
+            tree = {"kind": type(error).__name__, "message": str(error), "rank": rank}
+            with suppress(OSError):
+                self._write_json(self._failure, tree)
 
-    def raise_failure(self, attempt: int) -> None:
-        """Raise what ended another process of this attempt. Failures from before `open` are of earlier attempts."""
-        name = f"failed-{attempt:08x}.json"
-        found = [failure for failure in self._failures() if failure[0] == name]
-        if not found or found[0] in self._failures_before:
+    def raise_failure(self) -> None:
+        """Raise what ended another process of this attempt; what was there at `open` ended an earlier one."""
+        if self._failed_at() == self._failed_before:
             return
         try:
-            tree = json.loads((self.path / name).read_bytes())
+            tree = json.loads(self._failure.read_bytes())
         except FileNotFoundError:
             return  # another run has finished, and removed everything
         kind = getattr(errors, tree["kind"], None)
@@ -184,10 +191,10 @@ class Partial:
             raise kind(tree["message"])
         raise ClusterError(f"rank {tree['rank']} failed while preparing: {tree['kind']}: {tree['message']}")
 
-    def _failures(self) -> list[tuple[str, int]]:
+    def _failed_at(self) -> int | None:
         with suppress(FileNotFoundError):
-            return [(e.name, e.stat().st_mtime_ns) for e in os.scandir(self.path) if e.name.startswith("failed-")]
-        return []
+            return self._failure.stat().st_mtime_ns
+        return None
 
     def _chunk(self, number: int) -> Path:
         return self.path / f"chunk-{number:05d}.json"

@@ -9,20 +9,18 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial as bind
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
-import numpy as np
-
 from sft_dist.config import DataConfig, ModelConfig, SourceConfig
 from sft_dist.data import formats, readers, store
 from sft_dist.data.conversation import Record, RecordError
 from sft_dist.data.formats import Row
+from sft_dist.data.manifest import build_manifest, check_refused
 from sft_dist.data.partial import Counts, Partial, Summary
 from sft_dist.data.progress import Progress, Reporter
 from sft_dist.data.renderer import Renderer, load_renderer
@@ -37,8 +35,8 @@ RECORDS_PER_SHARD = 2_000
 # A rank waits this long without any sign of work from the others before it does theirs.
 TAKE_OVER_S = 60.0
 _SAY_WAITING_S = 10.0
-_LOOK_EVERY_S = 0.2
-_NAMED_REFUSALS = 10
+_LOOK_EVERY_S = 0.5
+_NAMED_RANKS = 10
 # Roughly what one process renders, and how long new ones take to start: whether they pay.
 _BYTES_PER_S = 1e6
 _WORKERS_START_S = 1.5
@@ -86,13 +84,8 @@ def prepare(
     if not partial.is_finished:
         _prepare_together(_Job(tuple(sources), fingerprints, renderer, model, data, share, partial))
     dataset = PreparedDataset(partial.folder)
-    _check_refused(dataset, data)
+    check_refused(dataset, data)
     return dataset
-
-
-def summarise(reasons: Counter[str]) -> str:
-    """`9 too long, 3 unknown role`"""
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +109,7 @@ def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]]) -> str:
 def _prepare_together(job: _Job) -> None:
     partial, share = job.partial, job.share
     try:
-        partial.open()
+        partial.open(share.attempt)
         if share.rank == 0:
             _say_formats(job.sources)
         progress = Progress()
@@ -132,13 +125,16 @@ def _prepare_together(job: _Job) -> None:
         if partial.is_finished:  # another run was faster, and took its folder away
             partial.remove()
             return
-        told = _full_disk(job, error) if isinstance(error, OSError) else error
-        partial.write_failure(share.attempt, share.rank, told)
-        raise told from error
+        if isinstance(error, OSError):
+            told = _unwritable(job.partial, error)
+            partial.write_failure(share.rank, told)
+            raise told from error
+        partial.write_failure(share.rank, error)
+        raise
 
 
-def _full_disk(job: _Job, error: OSError) -> StorageError:
-    return StorageError(f"data.cache_dir: {job.data.cache_dir}: cannot be written: {error.strerror or error}")
+def _unwritable(partial: Partial, error: OSError) -> StorageError:
+    return StorageError(f"data.cache_dir: {partial.folder.parent}: cannot be written: {error.strerror or error}")
 
 
 def _make_chunks(job: _Job, progress: Progress, is_ours: Callable[[int], bool]) -> int:
@@ -175,7 +171,7 @@ def _make_chunks(job: _Job, progress: Progress, is_ours: Callable[[int], bool]) 
 
 
 def _go_on(job: _Job, progress: Progress) -> None:
-    job.partial.raise_failure(job.share.attempt)
+    job.partial.raise_failure()
     progress.move()
 
 
@@ -241,9 +237,7 @@ def _make_chunk(renderer: Renderer, partial: Partial, task: Task) -> None:
         partial.publish(number, samples, summary)
     except OSError as error:
         if not partial.is_finished:
-            raise StorageError(
-                f"data.cache_dir: {partial.folder.parent}: cannot be written: {error.strerror or error}"
-            ) from error
+            raise _unwritable(partial, error) from error
 
 
 def _converted(row: Row) -> Record | RecordError:
@@ -262,7 +256,7 @@ def _finish_together(job: _Job, progress: Progress, num_chunks: int) -> None:
     signs: object = None
     moved = said = time.monotonic()
     while not partial.is_finished:
-        partial.raise_failure(share.attempt)
+        partial.raise_failure()
         missing = partial.missing(num_chunks)
         now = time.monotonic()
         if (latest := (len(missing), partial.pulse())) != signs:
@@ -299,7 +293,7 @@ def _take_over(job: _Job, progress: Progress, missing: Sequence[int]) -> None:
 
 def _waiting_for(share: Share, missing: Sequence[int], quiet_s: float) -> str:
     ranks = sorted({number % share.size for number in missing}) or [0]
-    named = ", ".join(map(str, ranks[:_NAMED_REFUSALS])) + (", …" if len(ranks) > _NAMED_REFUSALS else "")
+    named = ", ".join(map(str, ranks[:_NAMED_RANKS])) + (", …" if len(ranks) > _NAMED_RANKS else "")
     what = f"{len(missing):,} chunk(s)" if missing else "the manifest"
     return f"prepare: rank {share.rank} waits for {what} of rank(s) {named}; last sign of work {quiet_s:.0f} s ago"
 
@@ -309,71 +303,10 @@ def _finish(job: _Job, num_chunks: int) -> None:
     partial = job.partial
     summaries = [summary for number in range(num_chunks) if (summary := partial.summary(number)) is not None]
     if len(summaries) != num_chunks:
-        return  # another run has finished meanwhile
-    refused = [item for summary in summaries for item in summary.refused]
-    by_source: dict[str, Counts] = {}
-    for summary in summaries:
-        for name, counts in summary.by_source.items():
-            by_source[name] = by_source.get(name, Counts()) + counts
-    total = sum(by_source.values(), Counts())
-    manifest = {
-        "format": store.FORMAT,
-        "sources": job.fingerprints,
-        "tokenizer_and_template": job.renderer.fingerprint,
-        "template": job.renderer.template,
-        "num_records": total.num_records,
-        "num_rendered": total.num_records - total.num_refused,
-        "num_samples": total.num_samples,
-        "num_tokens": total.num_tokens,
-        "num_refused": dict(sorted(Counter(item.reason for item in refused).items())),
-        "num_duplicates": _num_duplicates(partial.shard_paths(summaries)),
-        "num_split": sum(summary.num_split for summary in summaries),
-        "by_source": {name: asdict(counts) for name, counts in by_source.items()},
-        "stop_ids": sorted({i for summary in summaries for i in summary.stop_ids}),
-        "shards": [asdict(summary.shard) for summary in summaries if summary.shard is not None],
-    }
-    partial.finish(manifest, refused)
-
-
-def _num_duplicates(paths: Sequence[Path]) -> int:
-    """Records whose content an earlier one has already."""
-    parts = [store.read_digests(path) for path in paths]
-    if not parts:
-        return 0
-    digests, indices = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    _, first_sample = np.unique(indices, return_index=True)
-    return len(first_sample) - len(np.unique(digests[first_sample].view("u8,u8")))
-
-
-def _check_refused(dataset: PreparedDataset, data: DataConfig) -> None:
-    """Raise DataError where more is refused than the run file allows."""
-    manifest = dataset.manifest
-    reasons = Counter(manifest["num_refused"])
-    num_refused, num_records = sum(reasons.values()), manifest["num_records"]
-    if data.on_bad_record == "error" and num_refused:
-        raise DataError(
-            f"{num_refused:,} record(s) cannot be trained on:\n{_named(dataset, num_refused)}\n"
-            "  mend them, or set data.on_bad_record: refuse to leave such records out, counted and listed"
-        )
-    if not manifest["num_samples"]:
-        paths = ", ".join(item["path"] for item in manifest["sources"])
-        raise DataError(f"{paths}: no conversation is left: {summarise(reasons)}\n{_named(dataset, num_refused)}")
-    if num_refused > data.max_refused * num_records:
-        raise DataError(
-            f"{num_refused:,} of {num_records:,} records ({num_refused / num_records:.1%}) cannot be trained on, more "
-            f"than data.max_refused ({data.max_refused:.1%}, of all records of these sources together): "
-            f"{summarise(reasons)}\n{_named(dataset, num_refused)}\n"
-            "  mend them, or raise data.max_refused to go on without them"
-        )
-
-
-def _named(dataset: PreparedDataset, num_refused: int) -> str:
-    with open(dataset.folder / store.REFUSED, encoding="utf-8") as file:
-        items = [Refused(**json.loads(line)) for line in islice(file, _NAMED_REFUSALS)]
-    lines = [f"  {item.where}: {item.reason}: {item.detail}" for item in items]
-    if num_refused > len(items):
-        lines.append(f"  and {num_refused - len(items):,} more (listed in {dataset.folder / store.REFUSED})")
-    return "\n".join(lines)
+        partial.forget()  # files have gone since we saw them: another run has finished, or they were deleted
+        return
+    manifest = build_manifest(job.fingerprints, job.renderer, summaries, partial.shard_paths(summaries))
+    partial.finish(manifest, [item for summary in summaries for item in summary.refused])
 
 
 def _all_rows(sources: Sequence[SourceConfig], progress: Progress) -> Iterator[Row]:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from sft_dist.config import RunConfig, SourceConfig
 from sft_dist.data.conversation import ROLES
-from sft_dist.data.prepare import Share, prepare, summarise
+from sft_dist.data.manifest import summarise
+from sft_dist.data.prepare import Share, prepare
 from sft_dist.data.progress import duration
 from sft_dist.data.renderer import Renderer
 from sft_dist.distributed import collectives

@@ -3,16 +3,21 @@
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sft_dist.config import DataConfig, ModelConfig, SourceConfig
 from sft_dist.data import prepare as preparing
+from sft_dist.data.partial import Counts
 from sft_dist.data.prepare import prepare
+from sft_dist.data.progress import progress_line
 from sft_dist.data.store import PreparedDataset
 from sft_dist.errors import DataError
 from tests.helpers.conversations import make_records, write_jsonl
@@ -59,6 +64,7 @@ def test_same_bytes_for_any_number_of_processes(
     tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "RECORDS_PER_SHARD", 10)
+    monkeypatch.setattr(preparing, "_WORKERS_START_S", 0.0)  # even for so few records
     path = write_jsonl(tmp_path / "x.jsonl", make_records(45))
 
     def digests(dataset: PreparedDataset) -> dict[str, str]:
@@ -69,6 +75,63 @@ def test_same_bytes_for_any_number_of_processes(
     assert len(one.manifest["shards"]) == 5
     assert digests(one) == digests(three)
     assert one.folder.name == three.folder.name
+
+
+def test_what_is_tolerated_is_asked_of_prepared_data_too(tmp_path: Path, model: ModelConfig) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, {"messages": "x"}, GOOD, GOOD])
+    loose = run(path, model, on_bad_record="refuse", max_refused=0.25)
+    assert len(loose) == 3
+    before = (loose.folder / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(DataError, match=r"1 of 4 records \(25.0%\).*data.max_refused.*1 no messages") as caught:
+        run(path, model, on_bad_record="refuse", max_refused=0.24)
+    assert "x.jsonl:2: no messages" in str(caught.value) and "raise data.max_refused" in str(caught.value)
+    with pytest.raises(DataError, match=r"1 record\(s\) cannot be trained on") as caught:
+        run(path, model)
+    assert run(path, model, on_bad_record="refuse", max_refused=0.25).folder == loose.folder
+    assert (loose.folder / "manifest.json").stat().st_mtime_ns == before, "nothing is prepared twice"
+
+
+def test_only_ten_refusals_are_named(tmp_path: Path, model: ModelConfig) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, *[{"messages": "x"}] * 12])
+    with pytest.raises(DataError) as caught:
+        run(path, model, on_bad_record="refuse")
+    message = str(caught.value)
+    assert "12 of 13 records" in message and message.count("x.jsonl:") == 10 and "and 2 more (listed in" in message
+
+
+def test_the_manifest_counts_records_duplicates_and_sources(tmp_path: Path, model: ModelConfig) -> None:
+    other = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]}
+    first = write_jsonl(tmp_path / "a.jsonl", [GOOD, other, GOOD | {"id": "again"}, {"messages": "x"}])
+    second = write_jsonl(tmp_path / "b.jsonl", [other])
+    data = DataConfig(cache_dir=str(tmp_path / "prepared"), on_bad_record="refuse", max_refused=1.0)
+    manifest = prepare([SourceConfig(path=str(path)) for path in (first, second)], model, data).manifest
+    assert (manifest["num_records"], manifest["num_rendered"], manifest["num_duplicates"]) == (5, 4, 2)
+    assert manifest["num_split"] == 0
+    assert manifest["by_source"]["a"] | {"num_tokens": 0} == {
+        "num_records": 4, "num_refused": 1, "num_samples": 3, "num_tokens": 0
+    }  # fmt: skip
+    assert manifest["num_tokens"] == sum(counts["num_tokens"] for counts in manifest["by_source"].values()) > 0
+
+
+@given(
+    st.integers(0, 50), st.integers(1, 50), st.floats(0.001, 1.0), st.integers(1, 100_000), st.floats(2.0, 100_000.0)
+)
+def test_progress_counts_from_where_it_started(
+    num_before: int, num_new: int, share_read: float, num_tokens: int, elapsed_s: float
+) -> None:
+    chunk = Counts(num_records=7, num_tokens=num_tokens)
+    num_chunks = (num_before + num_new) / share_read
+    line = progress_line([chunk] * num_before, [chunk] * (num_before + num_new), num_chunks, elapsed_s)
+    assert line.startswith(f"prepare  {share_read:.0%}  {7 * (num_before + num_new):,} records")
+    assert f"  {num_tokens * num_new / elapsed_s:,.0f} tokens/s  eta " in line
+    left_s = (num_chunks - num_before - num_new) * elapsed_s / num_new
+    hours, minutes, seconds = (re.search(rf"(\d+){unit}", line.split("eta ")[1]) for unit in "hms")
+    shown_s = sum(int(m[1]) * unit for m, unit in ((hours, 3600), (minutes, 60), (seconds, 1)) if m)
+    assert abs(shown_s - left_s) <= (60 if hours else 1) + 1e-6 * left_s
+
+
+def test_progress_says_that_nothing_is_known_yet() -> None:
+    assert progress_line([], [], None, 2.0) == "prepare  -  0 records  0 tokens  0 tokens/s  eta -"
 
 
 def test_second_run_reads_what_the_first_wrote(tmp_path: Path, model: ModelConfig) -> None:

@@ -164,13 +164,12 @@ def test_a_failure_of_one_rank_ends_all_with_its_message_and_not_the_next_attemp
     assert digests(cache) == expected
 
 
-def test_a_broken_line_found_by_one_rank_ends_all(place: Place, tmp_path: Path) -> None:
+def test_a_broken_line_that_one_rank_sees_ends_all(place: Place, tmp_path: Path) -> None:
     lines = (place.folder / "a.jsonl").read_text().splitlines()
     (tmp_path / "x.jsonl").write_text("\n".join([*lines[:24], '{"messages": [}']))
-    # Rank 1 never has a chunk with the broken line (chunk 2), whoever is first to fail.
-    done = place.world(tmp_path / "cache", 2, paths=[str(tmp_path / "x.jsonl")], take_over_s=5)
+    done = place.world(tmp_path / "cache", 2, paths=[str(tmp_path / "x.jsonl")])
     assert [answer["kind"] for answer in done] == ["DataError"] * 2, done
-    assert all("x.jsonl:25:15" in answer["message"] for answer in done)
+    assert all("x.jsonl:25" in answer["message"] for answer in done)
 
 
 @pytest.mark.parametrize("alive", [0, 1])
@@ -191,8 +190,8 @@ def test_a_file_system_that_loses_files_is_named(place: Place, tmp_path: Path) -
 @pytest.fixture
 def big(place: Place, tmp_path: Path) -> Path:
     """A run file with work for a while, and long enough records that workers pay."""
-    records = make_records(2_000, max_turns=6, max_words=60)
-    data = write_jsonl(tmp_path / "x.jsonl", [r | {"id": f"{n}-{r['id']}"} for n in range(20) for r in records])
+    records = make_records(2_000, max_words=20)
+    data = write_jsonl(tmp_path / "x.jsonl", [r | {"id": f"{n}-{r['id']}"} for n in range(12) for r in records])
     run_file = tmp_path / "run.yaml"
     tree = {
         "run_dir": "unused",
@@ -270,13 +269,13 @@ def test_workers_end_when_their_parent_is_killed(
 
 def test_progress_says_share_rate_and_time_to_go(big: Path) -> None:
     process = command(big)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     lines = [line for line in err.splitlines() if line.startswith("prepare  ")]
     shares = [int(line.split()[1].rstrip("%")) for line in lines if "records" in line and "%" in line]
     assert shares == sorted(shares) and shares, err
     assert any("tokens/s" in line and line.split()[-2] == "eta" and line[-1] == "s" for line in lines), err
-    assert "40,000 read, 40,000 rendered" in out and "duplicates     38," in out
+    assert "24,000 read, 24,000 rendered" in out and "duplicates     22,0" in out
 
 
 @pytest.mark.skipif(not MPIEXEC.exists(), reason="needs the mpiexec beside this Python")
