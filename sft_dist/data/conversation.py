@@ -98,8 +98,9 @@ def digest(record: Record) -> bytes:
 
 
 def _plain(message: Message) -> list[Any]:
-    calls = [[call.name, call.arguments] for call in message.tool_calls]
-    return [message.role, message.content, message.reasoning, calls, message.name, message.train, message.weight]
+    calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
+    said = [message.role, message.content, message.reasoning, calls, message.name, message.tool_call_id]
+    return [*said, message.train, message.weight]
 
 
 def check_text(text: str, what: str) -> None:

@@ -102,7 +102,7 @@ class Run:
         self.engine.set_lr(rate)
         self.engine.train()
         every = config.logging.details_every
-        details = Details(self.selection.sources) if every and (step + 1) % every == 0 else None
+        details = Details(self.selection.source_names) if every and (step + 1) % every == 0 else None
         loss, nll = accumulate_gradient(self.engine, self.selection, self.plan, step, config, self.world, details)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")

@@ -174,7 +174,7 @@ def objective(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any
         selection.lengths,
         selection.num_targets,
         mass=selection.mass,
-        repeats=np.array([case["repeats"].get(name, 1.0) for name in selection.sources]),
+        repeats=np.array([case["repeats"].get(selection.source_names[code], 1.0) for code in selection.source_codes]),
         conversations=selection.indices,
         max_length=selection.policy.max_length,
         global_packs=case["global_packs"],
@@ -192,7 +192,7 @@ def objective(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any
     engine.train()
     engine.set_lr(0.0)
     step = plan.num_steps - 1 if case["last_step"] else 0
-    details = Details(selection.sources) if case["details"] else None
+    details = Details(selection.source_names) if case["details"] else None
     loss, nll = accumulate_gradient(engine, selection, plan, step, config, world, details)
     gradients = {
         name.removeprefix("model."): safe_get_full_grad(parameter).clone()
