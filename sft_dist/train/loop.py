@@ -213,9 +213,9 @@ class Run:
         )
         self._saved_step = self.state.step
         if self.world.is_main:
-            best = self.state.heldout_best_step
-            if self.config.checkpoint.keep_best:
-                checkpoint.mark_best(self._run_dir, self.state)
+            keep_best = self.config.checkpoint.keep_best
+            best = self.state.heldout_best_step if keep_best else None
+            checkpoint.mark_best(self._run_dir, replace(self.state, heldout_best_step=best))
             removed = checkpoint.evict(
                 self._run_dir,
                 published=saved.step,

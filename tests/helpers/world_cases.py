@@ -35,12 +35,14 @@ MAX_LENGTH = 384
 def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
     return RunConfig(
         run_dir=str(folder / "run"),
+        seed=case.get("seed", 0),
         model=ModelConfig(
             path=case["model"],
             attention=case.get("attention", "auto"),
             dtype=case.get("dtype", "auto"),
             gradient_checkpointing=case.get("gradient_checkpointing", True),
             control_tokens=case.get("control_tokens", ()),
+            allow_new_parameters=case.get("allow_new_parameters", ()),
         ),
         data=DataConfig(
             train=({"path": case["data"]},),
