@@ -170,7 +170,7 @@ def say_overlap(train: Selection, heldout: Selection) -> None:
 
 def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
     """Everything that takes no part though its source does, one JSON line each with the reason."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         for name, selection in selections.items():
             for item in _refused(selection.dataset):
                 file.write(json.dumps({"set": name} | item, ensure_ascii=False) + "\n")

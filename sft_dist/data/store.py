@@ -156,7 +156,9 @@ def _span_ints(span: Span) -> tuple[int, ...]:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+    # Paths may be no Unicode: JSON can say them all the same.
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_refused(path: Path, refused: Iterable[Refused]) -> None:
