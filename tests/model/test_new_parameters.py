@@ -61,5 +61,5 @@ def test_new_parameters_follow_from_the_seed_and_from_nothing_else(tmp_path: Pat
 def test_without_a_seed_new_parameters_are_refused_also_where_they_are_allowed(tmp_path: Path) -> None:
     config = ModelConfig(path=str(build_deeper(tmp_path / "model")), allow_new_parameters=(NEW,))
     base = loading.load_config(config, max_length=2)
-    with pytest.raises(ConfigError, match="would be random: model.layers.3"):
+    with pytest.raises(ConfigError, match=r"would be random: model\.layers\.3"):
         loading.load_causal_lm(config, base, added=None, dtype=torch.float32, max_length=2, seed=None)
