@@ -192,9 +192,10 @@ def _layout(
         if answer and header and text.endswith(header, 0, answer.start):
             start = answer.start - len(header)  # saves a render
         else:
-            start = _boundary(work, text, number, is_owned=number >= first_owned)
-        before = answers.get(number - 1)
-        starts.append(max(starts[-1], start, before.end if before else 0))
+            before = answers.get(number - 1)
+            low = max(starts[-1], before.end if before else 0)
+            start = max(low, _boundary(work, text, number, low, answers, is_owned=number >= first_owned))
+        starts.append(start)
     starts.append(len(text))
     contents = {}
     for number in range(first_owned, end):
@@ -204,20 +205,38 @@ def _layout(
     return Layout(text, tuple(starts), answers, contents, stand_ins)
 
 
-def _boundary(work: _Renders, text: str, number: int, *, is_owned: bool) -> int:
-    """Where message `number` begins; 0 where the template gives no answer: it then shares the span before it."""
+def _boundary(work: _Renders, text: str, number: int, low: int, answers: dict[int, Answer], *, is_owned: bool) -> int:
+    """Where message `number` begins, at `low` or after it: between the words of the message before it and its own."""
     try:
         before = work.upto(number)
     except RecordError:
-        return 0  # some templates refuse a lone system message
-    if text.startswith(before):
+        before = None  # some templates refuse a lone system message
+    if before is not None and text.startswith(before):
         return len(before)
-    if not is_owned or work.messages[number].role == "assistant":
-        return 0
+    if not is_owned:
+        return low
     try:
-        return work.start_of_content(number, text)
+        own = answers[number].start if number in answers else work.start_of_content(number, text)
     except RecordError:
-        return 0
+        return low
+    said = "" if number - 1 in answers else (work.messages[number - 1].content or "").strip()
+    at = text.rfind(said, low, own) if low <= own else -1
+    at = text.find(said, low) if at < 0 else at
+    if said and at >= 0:
+        low = at + len(said)
+    if own < low:  # the template has moved it to another place, such as the first system message
+        own = next((match.end() for match in work.renderer.matches_of_control(text, low)), low)
+    controls = list(work.renderer.matches_of_control(text, low, own))
+    # The rendering of what comes before may end in a mark of its own, such as an eos at the end of a conversation.
+    parted = common_length(before or "", text)
+    parted = next((match.start() for match in controls if match.start() < parted < match.end()), parted)
+    if low < parted <= own:
+        return parted
+    if not controls:
+        return own
+    # Another history than it had then: behind the control token that ends the message before, and white space.
+    end = controls[0].end()
+    return end + len(text[end:own]) - len(text[end:own].lstrip())
 
 
 def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tuple[int, int]:
@@ -231,6 +250,11 @@ def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tu
                 at = _place_of(work, text, number, form, at)
             return at, at + len(form)
         if form in text:  # merged into another message, as some templates do with the system message
+            if work.messages[number].train is not None or work.messages[number].weight != 1:
+                raise RecordError(
+                    "merged message",
+                    f"message {number + 1} has a mark or weight of its own, but the template writes it into another",
+                )
             return start, start
     raise RecordError(
         "template drops a message",
@@ -250,7 +274,7 @@ def _place_of(work: _Renders, text: str, number: int, form: str, otherwise: int)
 def _check_nothing_is_hidden(work: _Renders, first: int, end: int) -> None:
     roles = tuple(message.role for message in work.messages[:end])
     for number in sorted(work.renderer.hidden_messages(roles)):
-        if number >= first and work.messages[number].content and roles[number] != "assistant":
+        if number >= first and (work.messages[number].content or "").strip() and roles[number] != "assistant":
             raise RecordError(
                 "template drops a message", f"message {number + 1}: the template does not write {roles[number]} there"
             )
@@ -259,8 +283,7 @@ def _check_nothing_is_hidden(work: _Renders, first: int, end: int) -> None:
 def _answer_ends(work: _Renders, number: int, start: int, text: str) -> tuple[int, ...]:
     """Ends of the stop token: after a control token behind all that the author wrote. Raises RecordError if none."""
     message, controls = work.messages[number], work.renderer.control_texts
-    pattern = work.renderer.control_pattern
-    matches = list(pattern.finditer(text, start)) if pattern is not None else []
+    matches = list(work.renderer.matches_of_control(text, start))
     for place, match in enumerate(matches):
         if not _is_answer(work.renderer, message, text[start : match.start()]):
             continue
@@ -297,7 +320,7 @@ def _is_answer(renderer: Renderer, message: Message, body: str) -> bool:
 
     Without tool calls: the same text but for white space around its parts, between nothing but tokens of the template
     (an empty <think></think>, the name of a channel between two control tokens); words of its own it may not add.
-    With them the syntax is the template's: reasoning and content, then every name and every argument, in this order.
+    With them the syntax is the template's: reasoning, then content; every name in its order; every argument.
     """
     parts = [message.reasoning or "", message.content or ""]
     if not message.tool_calls:
@@ -312,12 +335,19 @@ def _is_answer(renderer: Renderer, message: Message, body: str) -> bool:
         if at < 0:
             return False
         at += len(part.strip())
-    at = 0
+    places = [0]
     for call in message.tool_calls:
-        at = body.find(call.name, at)
-        if at < 0 or not all(_is_shown(leaf, body) for leaf in _leaves(call.arguments)):
+        at = body.find(call.name, places[-1])
+        if at < 0:
             return False
-    return True
+        places.append(at + len(call.name))
+    # The arguments of a call lie between the names of its neighbours, before or behind its own name.
+    ends = [*(end - len(call.name) for end, call in zip(places[2:], message.tool_calls[1:], strict=True)), len(body)]
+    return all(
+        _is_shown(leaf, body[begin:end])
+        for call, begin, end in zip(message.tool_calls, places[:-1], ends, strict=True)
+        for leaf in _leaves(call.arguments)
+    )
 
 
 def _is_shown(leaf: str, body: str) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +108,12 @@ class Renderer:
     @cached_property
     def control_pattern(self) -> re.Pattern[str] | None:
         return _any_of(self.control_texts)
+
+    def matches_of_control(self, text: str, begin: int, end: int | None = None) -> Iterator[re.Match[str]]:
+        """Control tokens in a part of a text, in order."""
+        if self.control_pattern is None:
+            return iter(())
+        return self.control_pattern.finditer(text, begin, len(text) if end is None else end)
 
     @cached_property
     def mark_pattern(self) -> re.Pattern[str] | None:
