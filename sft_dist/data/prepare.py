@@ -166,7 +166,8 @@ def _make_chunks(job: _Job, progress: Progress, is_ours: Callable[[int], bool]) 
         nonlocal num_chunks
         rows = _all_rows(job.sources, progress)
         for number, chunk in enumerate(iter(lambda: list(islice(rows, RECORDS_PER_SHARD)), [])):
-            num_chunks = progress.num_read = number + 1
+            num_chunks = number + 1
+            progress.read_chunk(num_chunks)
             _go_on(job, progress)
             if job.partial.is_finished:
                 return

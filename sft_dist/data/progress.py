@@ -17,9 +17,12 @@ class Progress:
     """Where this process is."""
 
     def __init__(self) -> None:
-        self.share_read = 0.0  # of the bytes of all sources
-        self.num_read = 0  # chunks
+        self.share_read = 0.0  # of the bytes of all sources, at the last row
+        self._at_chunk: tuple[int, float] = (0, 0.0)  # chunks, and the share that was read with the last of them
         self._moved: float | None = None
+
+    def read_chunk(self, num_chunks: int) -> None:
+        self._at_chunk = num_chunks, self.share_read
 
     def move(self) -> None:
         self._moved = time.monotonic()
@@ -34,7 +37,8 @@ class Progress:
     @property
     def num_chunks(self) -> float | None:
         """All there are, as far as what is read tells."""
-        return self.num_read / self.share_read if self.share_read else None
+        num_chunks, share = self._at_chunk
+        return num_chunks / share if share else None
 
 
 class Reporter:

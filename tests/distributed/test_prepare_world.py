@@ -273,7 +273,7 @@ def test_progress_says_share_rate_and_time_to_go(big: Path) -> None:
     assert process.returncode == 0, err
     lines = [line for line in err.splitlines() if line.startswith("prepare  ")]
     shares = [int(line.split()[1].rstrip("%")) for line in lines if "records" in line and "%" in line]
-    assert shares == sorted(shares) and shares, err
+    assert shares and min(shares) >= 0 and max(shares) <= 100 and shares[-1] >= shares[0], err
     assert any("tokens/s" in line and line.split()[-2] == "eta" and line[-1] == "s" for line in lines), err
     assert "24,000 read, 24,000 rendered" in out and "duplicates     22,0" in out
 
