@@ -206,7 +206,7 @@ class RunConfig(Section):
     run_dir: str
     """Folder of this run: checkpoints, metrics, logs, outcome."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Order of the data and dropout follow from this and from nothing else."""
+    """Order of the data, dropout and the start of new parameters follow from this and from nothing else."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
