@@ -151,7 +151,7 @@ def main() -> None:
         path = options.model or str(build_model(Path(folder)))
         section = ModelConfig(path=path, dtype="float32", attention="split")
         config = loading.load_config(section, max_length=2)
-        loaded = loading.load_causal_lm(section, config, dtype=torch.float32, max_length=2)
+        loaded = loading.load_causal_lm(section, config, added=None, dtype=torch.float32, max_length=2, seed=None)
     model = TokenLogprobs(loaded.eval())
     vocab_size = config.get_text_config().vocab_size
     rows = []

@@ -5,6 +5,7 @@ Imports of verbs happen after the arguments are read: `--help` and mistakes answ
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,10 +19,12 @@ from sft_dist.errors import ExitCode, Interrupted, UserError, say
 if TYPE_CHECKING:
     from sft_dist.config import RunConfig
 
+_OVERRIDE = re.compile(r"\w+(\.\w+)*=")
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and leave with its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:
@@ -141,6 +144,18 @@ def _print_config(options: argparse.Namespace) -> ExitCode:
     else:
         print(configs.to_yaml(config), end="")
     return ExitCode.DONE
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with overrides from anywhere on the line: argparse takes those before the first option only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if _OVERRIDE.match(text)] if "overrides" in options else []
+    if unknown := [text for text in rest if text not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        options.overrides += overrides
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

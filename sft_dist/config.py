@@ -8,13 +8,14 @@ import datetime
 import difflib
 import glob
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sft_dist.errors import ConfigError
 
@@ -25,6 +26,37 @@ def _as_sources(value: Any) -> Any:
     return tuple({"path": item} if isinstance(item, str) else item for item in values)
 
 
+# Variables that transformers, or the renderer, gives to the template itself.
+_RESERVED = (
+    *("messages", "conversation", "tools", "documents", "chat_template", "tokenize", "tokenizer_kwargs"),
+    *("add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length", "sft_dist_today"),
+)
+
+
+def _check_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    reserved = [name for name in variables if name in _RESERVED or name.startswith("return_")]
+    if reserved:
+        raise ValueError(f"{', '.join(reserved)}: not a variable of the template that can be set here")
+    for name, value in variables.items():
+        _check_json(value, name)
+    return variables
+
+
+def _check_json(value: Any, name: str) -> None:
+    """Raise ValueError for what YAML can say and JSON cannot."""
+    if isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            _check_json(item, f"{name}[{place}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{name}: the key {key} is {type(key).__name__}, not text; quote it")
+            _check_json(item, f"{name}.{key}")
+    elif not (value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))):
+        raise ValueError(f"{name}: {value} is {type(value).__name__}, which JSON does not have; quote it")
+
+
+Variables = Annotated[dict[str, Any], AfterValidator(_check_variables)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -77,7 +109,7 @@ class DataConfig(Section):
     """Sources of held-out conversations, for evaluation and for choosing the best checkpoint."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template, or `chatml` for the one that ships."""
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: Variables = {}
     """Variables given to the chat template, such as enable_thinking: false."""
     date: datetime.date = datetime.date(2025, 1, 1)
     """Today, as the template sees it: data must not depend on the day they are prepared."""
@@ -270,14 +302,19 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key written twice, of which one would vanish."""
+    """YAML that refuses a key written twice, of which one would vanish.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (written, _) in zip(keys, node.value, strict=True):
+    Looked for before `<<` puts in the keys of other mappings, which those written here replace.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
+        for key, place in zip(keys, written, strict=True):
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", written.start_mark)
-        return super().construct_mapping(node, deep)
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", place.start_mark)
+        return node
 
 
 def _read_yaml(run_file: Path) -> dict[str, Any]:
@@ -370,7 +407,7 @@ def _resolve_paths(config: RunConfig, run_file_dir: Path) -> RunConfig:
         return os.path.relpath(beside) if not found(Path(value)) and found(beside) else value
 
     def found(path: Path) -> bool:
-        return path.exists() or bool(glob.glob(str(path)))
+        return path.exists() or any(glob.iglob(str(path), recursive=True))
 
     def resolve_source(source: SourceConfig) -> SourceConfig:
         return source.model_copy(update={"path": resolve(source.path)})

@@ -6,8 +6,8 @@ loaded again and compared: names, shapes, values, ties, and the log-probs that t
 
 import json
 import os
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,19 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output: {output} exists and is not an empty folder")
     load_config(config.model, max_length=2)  # a base model that moved is told before anything is written
-    temporary = output.with_name(output.name + ".tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        chosen = _write_companions(config.model, checkpoint, temporary, dtype)
-        num_bytes = _write_weights(checkpoint, temporary, chosen)
-        difference = _verify(config.model, checkpoint, temporary, chosen)
-        if output.exists():
-            output.rmdir()
-        os.replace(temporary, output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as private:
+            written = Path(private) / output.name  # with the modes that a new folder has, which the private one has not
+            written.mkdir()
+            chosen = _write_companions(config.model, checkpoint, written, dtype)
+            num_bytes = _write_weights(checkpoint, written, chosen)
+            difference = _verify(config.model, checkpoint, written, chosen)
+            if output.exists():
+                output.rmdir()
+            os.replace(written, output)
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(
         f"exported step {checkpoint.step:,} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, shapes, "
         f"values and ties verified; probe log-probs equal the sharded model's to {difference:.1e}"

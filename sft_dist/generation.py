@@ -1,10 +1,12 @@
 """The verb `generate`: answer one prompt with a model folder, a Hub id or a checkpoint, by plain transformers."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config import ModelConfig
-from sft_dist.data.renderer import load_tokenizer, template_text
+from sft_dist.config import DataConfig, ModelConfig
+from sft_dist.data.conversation import RecordError
+from sft_dist.data.renderer import Renderer, load_tokenizer, template_text
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.train import checkpoint as checkpoints
 from sft_dist.train import rundir
@@ -13,30 +15,40 @@ from sft_dist.train import rundir
 def run(model: str, *, prompt: str, system: str | None, checkpoint: str, max_new_tokens: int) -> ExitCode:
     """Print the greedy answer."""
     import torch
-    from jinja2 import TemplateError
 
-    causal_lm, tokenizer, stop_ids = _load(model, checkpoint)
+    causal_lm, renderer, stop_ids = _load(model, checkpoint)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     try:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(causal_lm.device)
-    except TemplateError as error:
-        raise ConfigError(f"--model: {model}: its chat template refuses the prompt: {error}") from None
+        text = renderer.apply(messages, generation_prompt=True)
+    except RecordError as error:
+        raise ConfigError(f"--model: {model}: its chat template refuses the prompt: {error.detail}") from None
+    inputs = renderer.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(causal_lm.device)
+    _check_context(causal_lm.config, inputs["input_ids"].shape[1], max_new_tokens)
     with torch.no_grad():
         output = causal_lm.generate(
-            **inputs,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
         )
-    print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(renderer.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return ExitCode.DONE
 
 
-def _load(model: str, which: str) -> tuple[Any, Any, list[int]]:
+def _check_context(model_config: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and num_prompt_tokens + max_new_tokens > context:
+        raise ConfigError(
+            f"--prompt: {num_prompt_tokens:,} tokens and --max-new-tokens {max_new_tokens:,} are more than the model's "
+            f"context ({context:,}; config.json max_position_embeddings); shorten the prompt or ask for fewer tokens"
+        )
+
+
+def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
+    """The model, the renderer of the contexts it was trained on, and the ids that end an answer."""
     import torch
     from transformers.utils import logging
 
@@ -45,19 +57,26 @@ def _load(model: str, which: str) -> tuple[Any, Any, list[int]]:
 
     logging.disable_progress_bar()
     set_environment()
-    found = None
+    found = seed = None
     if rundir.is_run_dir(model):
-        config = rundir.saved_config(Path(model)).model
+        saved = rundir.saved_config(Path(model))
+        config, data, seed = saved.model, saved.data, saved.seed
         found = checkpoints.find(Path(model), which)
     else:
-        config = ModelConfig(path=model)
+        config, data = ModelConfig(path=model), DataConfig(date=datetime.date.today())
     config = config.model_copy(update={"attention": "sdpa"})
     model_config = loading.load_config(config, max_length=2)
-    added = loading.new_tokens(config)
-    causal_lm = loading.load_causal_lm(config, model_config, added=added, dtype=compute_dtype(config), max_length=2)
+    causal_lm = loading.load_causal_lm(
+        config,
+        model_config,
+        added=loading.new_tokens(config),
+        dtype=compute_dtype(config),
+        max_length=2,
+        seed=seed,
+    )
     tokenizer = load_tokenizer(config)
-    tokenizer.chat_template = template_text(tokenizer, None) if found is None else found.manifest["template"]
-    if tokenizer.chat_template is None:
+    template = template_text(tokenizer, None) if found is None else found.manifest["template"]
+    if template is None:
         raise ConfigError(f"--model: {model}: its tokenizer has no chat template")
     stop_ids = [tokenizer.eos_token_id]
     if found is not None:
@@ -66,4 +85,5 @@ def _load(model: str, which: str) -> tuple[Any, Any, list[int]]:
     known = causal_lm.generation_config.eos_token_id
     stop_ids += [] if known is None else [known] if isinstance(known, int) else list(known)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return causal_lm.eval().to(device), tokenizer, list(dict.fromkeys(stop_ids))
+    renderer = Renderer(tokenizer, template, date=data.date, template_kwargs=data.template_kwargs)
+    return causal_lm.eval().to(device), renderer, list(dict.fromkeys(stop_ids))

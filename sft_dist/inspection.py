@@ -24,7 +24,7 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
     renderer = load_renderer(config.model, config.data)
     backend = renderer.tokenizer.backend_tokenizer
     marks = (_GREEN, _RESET) if out.isatty() else ("⟦", "⟧")
-    for example in _chosen(Selection(dataset, policy(config)), conversation_id, num):
+    for example in _chosen(Selection(dataset, policy(config, sources)), conversation_id, num):
         sample, turns = example.sample, example.turns
         trained = int((turns >= 0).sum())
         print(
@@ -38,7 +38,7 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
         f"trained tokens are marked {'green' if out.isatty() else json.dumps(''.join(marks), ensure_ascii=False)}",
         file=out,
     )
-    print(describe(dataset, config), file=out)
+    print(describe(dataset, config, sources), file=out)
     return ExitCode.DONE
 
 
@@ -51,7 +51,7 @@ def _chosen(selection: Selection, conversation_id: str | None, num: int) -> list
         if selection.dataset[int(sample)].conversation_id == conversation_id
     ]
     if not found:
-        raise DataError(f"--id {conversation_id}: no verified conversation that fits has this id")
+        raise DataError(f"--id {conversation_id}: no verified conversation that fits and has a target has this id")
     return found
 
 

@@ -2,20 +2,20 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-from sft_dist.config import RunConfig
+from sft_dist.config import RunConfig, SourceConfig
 from sft_dist.data import formats
 from sft_dist.data.manifest import summarise
-from sft_dist.data.packing import best_fit_decreasing
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import ALONE, Share, prepare
-from sft_dist.data.selection import LeftOut, Policy, Selection
+from sft_dist.data.selection import Float64, LeftOut, LeftOutTable, Policy, Selection
 from sft_dist.data.store import REFUSED, PreparedDataset
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, DataError, ExitCode, say
@@ -29,11 +29,12 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     """Prepare all sources of a run file, together with the other ranks if there are any, and say what is in them."""
     world = find_world(env)
     share = share_of(world, env)
+    _check_heldout(config)
     for name, sources in (("train", config.data.train), ("heldout", config.data.heldout)):
         if sources:
             dataset = prepare(sources, config.model, config.data, share)
             if world.is_main:
-                print(f"{name}:", describe(dataset, config), sep="\n")
+                print(f"{name}:", describe(dataset, config, sources), sep="\n")
     if not config.data.train and not config.data.heldout:
         raise ConfigError("data.train and data.heldout are both empty: nothing to prepare")
     return ExitCode.DONE
@@ -45,8 +46,8 @@ def share_of(world: World, env: Mapping[str, str]) -> Share:
     return Share(world.rank, world.size, world.local_size, attempt=crc32("|".join(start).encode()))
 
 
-def policy(config: RunConfig) -> Policy:
-    """What the run file says about targets, weights, lengths and duplicates."""
+def policy(config: RunConfig, sources: Sequence[SourceConfig]) -> Policy:
+    """What the run file says about targets, weights, repeats, lengths and duplicates of these sources."""
     data, objective = config.data, config.objective
     return Policy(
         max_length=data.max_length,
@@ -54,38 +55,24 @@ def policy(config: RunConfig) -> Policy:
         normalise=objective.normalise,
         overflow="truncate_turns" if data.overflow == "truncate_turns" else "drop",
         deduplicate=data.deduplicate,
-        source_weights={formats.source_name(source): source.weight for source in data.train},
+        source_weights={formats.source_name(source): source.weight for source in sources},
+        repeats={formats.source_name(source): source.repeat for source in sources},
     )
-
-
-def repeats(config: RunConfig) -> dict[str, float]:
-    """How often an epoch holds the conversations of each source of training data, by name."""
-    return {formats.source_name(source): source.repeat for source in config.data.train}
 
 
 def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Plan]:
     """The training data and the plan over it. Raises DataError when nothing is left to train on."""
     if not config.data.train:
         raise ConfigError("data.train: required for training, but empty")
-    selection = Selection(prepare(config.data.train, config.model, config.data, share), policy(config))
+    sources = config.data.train
+    selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
     _refuse_overflow(selection, config)
-    repeat_of = repeats(config)
     try:
-        plan = Plan(
-            selection.lengths,
-            selection.num_targets,
-            mass=selection.mass,
-            repeats=np.array([repeat_of[name] for name in selection.sources], np.float64),
-            conversations=selection.indices,
-            max_length=config.data.max_length,
-            global_packs=config.batch.global_packs,
-            seed=config.seed,
-            epochs=config.schedule.epochs,
-            max_steps=config.schedule.max_steps,
-        )
+        plan = _plan(selection, config, config.schedule.epochs)
     except ValueError as error:
         raise DataError(
             f"data.train: nothing is left to train on: {error} data.max_length ({config.data.max_length:,})"
+            + (f"; left out are {_summary(selection.left_out)}" if len(selection.left_out) else "")
         ) from None
     return selection, plan
 
@@ -94,9 +81,11 @@ def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
     """The held-out data, under the same policies. Raises DataError when nothing of it can be scored."""
     if not config.data.heldout:
         return None
-    selection = Selection(prepare(config.data.heldout, config.model, config.data, share), policy(config))
+    _check_heldout(config)
+    sources = config.data.heldout
+    selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
     _refuse_overflow(selection, config)
-    if not selection.num_targets.any():
+    if not len(selection):
         raise DataError(
             f"data.heldout: no sample has a target token (objective.train_on: {config.objective.train_on}) and fits "
             f"into data.max_length ({config.data.max_length:,})"
@@ -104,12 +93,47 @@ def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
     return selection
 
 
-def describe(dataset: PreparedDataset, config: RunConfig) -> str:
-    """Counts, lengths and what is left out, for people."""
+def _plan(selection: Selection, config: RunConfig, epochs: int) -> Plan:
+    """Raises ValueError when nothing is left."""
+    return Plan(
+        selection.lengths,
+        selection.num_targets,
+        mass=selection.mass,
+        repeats=_repeats(selection)[selection.source_codes],
+        conversations=selection.indices,
+        max_length=config.data.max_length,
+        global_packs=config.batch.global_packs,
+        seed=config.seed,
+        epochs=epochs,
+        max_steps=config.schedule.max_steps,
+    )
+
+
+def _repeats(selection: Selection) -> Float64:
+    """[num_sources]"""
+    return np.array([selection.policy.repeats.get(name, 1.0) for name in selection.source_names], np.float64)
+
+
+def _check_heldout(config: RunConfig) -> None:
+    for source in config.data.heldout:
+        if source.repeat != 1 or source.weight != 1:
+            raise ConfigError(
+                f"data.heldout: {formats.source_name(source)}: repeat {source.repeat:g}, weight {source.weight:g}: "
+                "every held-out conversation counts once; leave both out"
+            )
+
+
+def describe(dataset: PreparedDataset, config: RunConfig, sources: Sequence[SourceConfig]) -> str:
+    """Counts, lengths, the first epoch and what is left out, for people; `sources` are those of the data set."""
     manifest, lengths = dataset.manifest, dataset.lengths
-    selection = Selection(dataset, policy(config))
-    packs = best_fit_decreasing(selection.lengths, config.data.max_length)
-    fill = selection.lengths.sum() / (len(packs) * config.data.max_length) if packs else 0.0
+    selection = Selection(dataset, policy(config, sources))
+    packs = "none"
+    if len(selection):
+        plan = _plan(selection, config, epochs=1)
+        packs = (
+            f"{plan.num_packs:,} of {config.data.max_length:,} tokens, fill {plan.fill:.1%}: an epoch of "
+            f"{plan.num_samples:,} samples, {plan.num_tokens:,} tokens"
+        )
     percentiles = ", ".join(f"p{q} {int(np.percentile(lengths, q)):,}" for q in (50, 90, 99))
     num_targets = int(selection.num_targets.sum())
     lines = [
@@ -119,38 +143,38 @@ def describe(dataset: PreparedDataset, config: RunConfig) -> str:
         f"  tokens         {int(lengths.sum()):,}, of which {num_targets:,} targets "
         f"({num_targets / lengths.sum():.1%})",
         f"  lengths        {percentiles}, longest {int(lengths.max()):,}",
-        f"  packs          {len(packs):,} of {config.data.max_length:,} tokens, fill {fill:.1%}",
+        f"  packs          {packs}",
     ]
     if manifest["num_split"]:
         lines.append(f"  split          {manifest['num_split']:,} conversations lie in several samples each")
     if manifest["num_duplicates"]:
         what = "left out" if config.data.deduplicate else "kept; data.deduplicate leaves them out"
         lines.append(f"  duplicates     {manifest['num_duplicates']:,} conversations are exact repetitions ({what})")
-    lines += _by_source(selection, repeats(config))
+    lines += _by_source(selection)
     if manifest["num_refused"]:
         reasons = summarise(Counter(manifest["num_refused"]))
         lines.append(f"  refused        {reasons} (listed in {dataset.folder / REFUSED})")
-        lines += [f"    {item['where']}: {item['detail']}" for item in _refused(dataset)[:_NAMED]]
-    if selection.left_out:
+        lines += [f"    {item['where']}: {item['detail']}" for item in islice(_refused(dataset), _NAMED)]
+    if len(selection.left_out):
         lines.append(f"  left out       {_summary(selection.left_out)} (overflow: {config.data.overflow})")
-        lines += [f"    {_line(dataset, item)}" for item in selection.left_out[:_NAMED]]
+        lines += [f"    {_line(dataset, item)}" for item in islice(selection.left_out.listed(), _NAMED)]
     return "\n".join(lines)
 
 
 def say_overlap(train: Selection, heldout: Selection) -> None:
     """Say how many held-out conversations are trained on too: their NLL says nothing about unseen ones."""
-    trained, held_out = (set(s.dataset.column("digest")[s.samples].tolist()) for s in (train, heldout))
-    if shared := len(trained & held_out):
+    trained, held_out = (np.unique(s.dataset.column("digest").view("S16")[s.samples]) for s in (train, heldout))
+    if shared := len(np.intersect1d(trained, held_out, assume_unique=True)):
         say(f"warning: {shared:,} of {len(held_out):,} held-out conversations are in the training data as well")
 
 
 def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
-    """Everything that takes no part, one JSON line each with the reason."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Everything that takes no part though its source does, one JSON line each with the reason."""
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         for name, selection in selections.items():
             for item in _refused(selection.dataset):
                 file.write(json.dumps({"set": name} | item, ensure_ascii=False) + "\n")
-            for left in selection.left_out:
+            for left in selection.left_out.listed():
                 sample = selection.dataset[left.sample]
                 entry: dict[str, Any] = {
                     "set": name,
@@ -159,7 +183,7 @@ def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
                     "reason": left.reason,
                     "num_tokens": left.num_tokens,
                     "num_targets": left.num_targets,
-                    "detail": f"{len(sample.ids):,} tokens, data.max_length is {selection.policy.max_length:,}",
+                    "detail": _detail(left, len(sample.ids), selection.policy),
                 }
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -168,7 +192,7 @@ def say_left_out(selections: Mapping[str, Selection], config: RunConfig) -> None
     for name, selection in selections.items():
         refused = Counter(selection.dataset.manifest["num_refused"])
         parts = [summarise(refused)] if refused else []
-        parts += [_summary(selection.left_out)] if selection.left_out else []
+        parts += [_summary(selection.left_out)] if len(selection.left_out) else []
         if parts:
             total = selection.dataset.manifest["num_records"]
             say(
@@ -177,14 +201,13 @@ def say_left_out(selections: Mapping[str, Selection], config: RunConfig) -> None
             )
 
 
-def _by_source(selection: Selection, repeat_of: Mapping[str, float]) -> list[str]:
-    names = sorted(set(selection.sources))
-    if len(names) < 2:
+def _by_source(selection: Selection) -> list[str]:
+    if len(selection.source_names) < 2:
         return []
-    mass = selection.mass * [repeat_of.get(name, 1.0) for name in selection.sources]
+    mass = selection.mass * _repeats(selection)[selection.source_codes]
     lines = []
-    for name in names:
-        mine = selection.sources == name
+    for code, name in sorted(enumerate(selection.source_names), key=lambda item: item[1]):
+        mine = selection.source_codes == code
         tokens, targets = int(selection.lengths[mine].sum()), int(selection.num_targets[mine].sum())
         share = mass[mine].sum() / max(mass.sum(), 1e-300)
         lines.append(
@@ -193,14 +216,28 @@ def _by_source(selection: Selection, repeat_of: Mapping[str, float]) -> list[str
     return lines
 
 
-def _summary(left_out: Sequence[LeftOut]) -> str:
+def _summary(left_out: LeftOutTable) -> str:
     """`3 too long (9,120 tokens, 512 targets), 1 duplicate (…)`"""
-    parts = []
-    for reason, count in Counter(item.reason for item in left_out).most_common():
-        mine = [item for item in left_out if item.reason == reason]
-        tokens, targets = sum(item.num_tokens for item in mine), sum(item.num_targets for item in mine)
-        parts.append(f"{count:,} {reason} ({tokens:,} tokens, {targets:,} targets)")
-    return ", ".join(parts)
+    return ", ".join(
+        f"{count:,} {reason} ({tokens:,} tokens, {targets:,} targets)"
+        for reason, (count, tokens, targets) in left_out.summary().items()
+    )
+
+
+def _detail(left: LeftOut, length: int, policy: Policy) -> str:
+    limit = f"data.max_length is {policy.max_length:,}"
+    match left.reason:
+        case "too long":
+            return f"{length:,} tokens, {limit}"
+        case "end cut off":
+            return (
+                f"ends after {length - left.num_tokens:,} of {length:,} tokens, with its last answer that fits: {limit}"
+            )
+        case "duplicate":
+            return "another conversation of exactly this content takes part (data.deduplicate)"
+        case "no target":
+            return f"objective.train_on is {policy.train_on}; its marks and weights leave no token to train"
+    raise AssertionError(left.reason)
 
 
 def _line(dataset: PreparedDataset, item: LeftOut) -> str:
@@ -209,16 +246,19 @@ def _line(dataset: PreparedDataset, item: LeftOut) -> str:
 
 
 def _refuse_overflow(selection: Selection, config: RunConfig) -> None:
-    long = [item for item in selection.left_out if item.reason == "too long"]
-    if long and config.data.overflow == "error":
-        named = "\n".join(f"  {_line(selection.dataset, item)}" for item in long[:_NAMED])
+    num_long = selection.left_out.summary().get("too long", (0,))[0]
+    if num_long and config.data.overflow == "error":
+        long = (item for item in selection.left_out.listed() if item.reason == "too long")
+        named = "\n".join(f"  {_line(selection.dataset, item)}" for item in islice(long, _NAMED))
         raise DataError(
-            f"{len(long):,} conversation(s) are longer than data.max_length ({config.data.max_length:,}):\n{named}\n"
+            f"{num_long:,} conversation(s) are longer than data.max_length ({config.data.max_length:,}):\n{named}\n"
             "  raise data.max_length, or set data.overflow: drop to leave them out, counted and listed, or "
             "truncate_turns to keep the turns that fit"
         )
 
 
-def _refused(dataset: PreparedDataset) -> list[dict[str, str]]:
+def _refused(dataset: PreparedDataset) -> Iterator[dict[str, str]]:
+    """Read as far as they are asked for: there may be millions."""
     with open(dataset.folder / REFUSED, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for line in file:
+            yield json.loads(line)

@@ -146,7 +146,16 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
 
 
 def initial_weights(config: RunConfig) -> Path | None:
-    """The checkpoint that model.init_from names. Raises ConfigError where its tokens are not this run's."""
+    """The checkpoint that model.init_from names, as rank 0 finds it. A collective.
+
+    Raises ConfigError where its tokens are not this run's.
+    """
+    from sft_dist.distributed import collectives
+
+    return collectives.on_main(lambda: _initial_weights(config))
+
+
+def _initial_weights(config: RunConfig) -> Path | None:
     from sft_dist.train import checkpoint
 
     if config.model.init_from is None:

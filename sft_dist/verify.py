@@ -63,7 +63,6 @@ def run(config: RunConfig, env: Mapping[str, str], *, num: int) -> ExitCode:
     config = config.model_copy(update={"objective": config.objective.model_copy(update={"neftune_alpha": 0.0})})
     selection, _ = training_set(config, share_of(world, env))
     chosen = choose(selection, num)
-    weights = initial_weights(config)
 
     from sft_dist.distributed import collectives
     from sft_dist.model.engine import training_engine
@@ -75,7 +74,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, num: int) -> ExitCode:
         checks = check_rendering(config, selection, chosen)
         _print(checks)
     open_session(world)
-    engine = training_engine(config, world, weights)
+    engine = training_engine(config, world, initial_weights(config))
     checks += check_logprobs(engine, selection, chosen)
     checks.append(check_layout(engine, config, world, selection, chosen))
     if world.is_main:

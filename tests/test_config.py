@@ -58,11 +58,50 @@ def test_bad_overrides_are_config_errors(tmp_path: Path, override: str) -> None:
         MINIMAL + "optimizer: {betas: [0.9, 1.0]}\n",
         MINIMAL + "seed: -1\n",
         MINIMAL + "data: {max_length: 8}\ndata: {overflow: error}\n",
+        MINIMAL + "data: {<<: {overflow: drop}, max_length: 8, max_length: 9}\n",
     ],
 )
 def test_impossible_run_files_are_config_errors(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError):
         load_config(write(tmp_path, text))
+
+
+def test_merge_keys_put_in_what_is_not_written(tmp_path: Path) -> None:
+    text = """\
+data:
+  train:
+    - &a {path: a.jsonl, weight: 2}
+    - &b {<<: *a, path: b.jsonl}
+    - {<<: [*b, *a], repeat: 3, path: c.jsonl}
+"""
+    sources = load_config(write(tmp_path, MINIMAL + text)).data.train
+    assert [(source.path, source.weight, source.repeat) for source in sources] == [
+        ("a.jsonl", 2.0, 1.0),
+        ("b.jsonl", 2.0, 1.0),
+        ("c.jsonl", 2.0, 3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{date_string: 2024-07-26}", "date_string: 2024-07-26 is date, which JSON does not have; quote it"),
+        ("{a: [{b: 2024-07-26 10:00:00}]}", r"a\[0\]\.b: .* is datetime, .*; quote it"),
+        ("{a: {1: x}}", "a: the key 1 is int, not text; quote it"),
+        ("{a: .inf}", "a: inf is float"),
+        ("{tools: [], return_dict: true, x: 1}", "tools, return_dict: not a variable of the template"),
+        ("{sft_dist_today: x}", "sft_dist_today: not a variable"),
+    ],
+)
+def test_variables_of_the_template_are_json_and_not_reserved(tmp_path: Path, written: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"1 mistake.*\n.*data.template_kwargs: {expected}"):
+        load_config(write(tmp_path, MINIMAL + f"data: {{template_kwargs: {written}}}\n"))
+
+
+def test_variables_of_the_template_may_be_any_json(tmp_path: Path) -> None:
+    text = MINIMAL + 'data: {template_kwargs: {a: [1, 2.5, null, {b: "2024-07-26"}], enable_thinking: false}}\n'
+    expected = {"a": [1, 2.5, None, {"b": "2024-07-26"}], "enable_thinking": False}
+    assert load_config(write(tmp_path, text)).data.template_kwargs == expected
 
 
 def test_config_is_frozen(tmp_path: Path) -> None:
@@ -74,10 +113,12 @@ def test_config_is_frozen(tmp_path: Path) -> None:
 def test_paths_are_taken_as_given_and_else_beside_the_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beside = tmp_path / "here"
     beside.mkdir()
-    (beside / "train.jsonl").write_text("{}")
+    (beside / "a" / "b" / "c").mkdir(parents=True)
+    for name in ("train.jsonl", "a/b/c/x.jsonl"):
+        (beside / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
-    config = load_config(write(beside, MINIMAL + "data: {train: train.jsonl, heldout: owner/name}\n"))
-    assert [source.path for source in config.data.train] == ["here/train.jsonl"]
+    config = load_config(write(beside, MINIMAL + "data: {train: [train.jsonl, 'a/**/x.jsonl'], heldout: owner/name}\n"))
+    assert [source.path for source in config.data.train] == ["here/train.jsonl", "here/a/**/x.jsonl"]
     assert [source.path for source in config.data.heldout] == ["owner/name"]
 
 

@@ -20,11 +20,17 @@ class RecordError(Exception):
     """A record that cannot become a trained sample. `reason` is what it is counted by, `detail` what was seen."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = printable(detail)
         if len(detail) > _LONGEST_DETAIL:
             detail = detail[: _LONGEST_DETAIL - 100] + " … " + detail[-90:]
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def printable(text: str) -> str:
+    """Text that any file and terminal takes: lone surrogates are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,9 @@ def digest(record: Record) -> bytes:
 
 
 def _plain(message: Message) -> list[Any]:
-    calls = [[call.name, call.arguments] for call in message.tool_calls]
-    return [message.role, message.content, message.reasoning, calls, message.name, message.train, message.weight]
+    calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
+    said = [message.role, message.content, message.reasoning, calls, message.name, message.tool_call_id]
+    return [*said, message.train, message.weight]
 
 
 def check_text(text: str, what: str) -> None:

@@ -73,7 +73,7 @@ class SourceReader:
         sizes = [Path(path).stat().st_size if part else 1 for path, part in files]
         num_read, total = 0, sum(sizes)
         for (path, part), size in zip(files, sizes, strict=True):
-            reader = readers.RecordReader(path)
+            reader = readers.RecordReader(path, records.fields_read)
             for place, payload in reader:
                 self.fraction = (num_read + size * reader.fraction) / total
                 yield path, part, place, payload
@@ -133,6 +133,11 @@ def source_fingerprint(source: SourceConfig) -> str:
         return readers.fingerprint(source.path)
     lines = [f"{part} {readers.fingerprint(path)}" for path, part in files]
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def source_kind(source: SourceConfig) -> str:
+    """How the source is read, as `readers.kind_of` names it; a pattern's files tell theirs in the fingerprint."""
+    return readers.kind_of(readers.expand(source.path)[0][0])
 
 
 def check_source(source: SourceConfig) -> None:

@@ -81,6 +81,7 @@ class Partial:
         self._data.mkdir(parents=True, exist_ok=True)
         self._failure = self.path / f"failed-{attempt:08x}.json"
         self._failed_before = self._failed_at()
+        self.touch()
 
     @property
     def is_finished(self) -> bool:
@@ -160,6 +161,20 @@ class Partial:
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def forget_chunks(self) -> None:
+        """Of data that is not what the key says."""
+        for path in self.path.glob("chunk-*"):
+            path.unlink(missing_ok=True)
+
+    def is_used_by_others(self, within_s: float) -> bool:
+        """Whether another process has shown itself lately, by the clock of the file system."""
+        self.touch()
+        with suppress(OSError):
+            seen = {file.name: file.stat().st_mtime for file in self.path.glob("alive-*")}
+            now = seen.pop(f"alive-{self._me}")
+            return any(now - at < within_s for at in seen.values())
+        return False
+
     def touch(self) -> None:
         """Show the others that this process is at work."""
         with suppress(OSError):
@@ -192,7 +207,7 @@ class Partial:
         raise ClusterError(f"rank {tree['rank']} failed while preparing: {tree['kind']}: {tree['message']}")
 
     def _failed_at(self) -> int | None:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             return self._failure.stat().st_mtime_ns
         return None
 

@@ -11,14 +11,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from functools import partial as bind
+from importlib.metadata import version
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
 from sft_dist.config import DataConfig, ModelConfig, SourceConfig
-from sft_dist.data import formats, readers, store
-from sft_dist.data.conversation import Record, RecordError
+from sft_dist.data import formats, readers
+from sft_dist.data.conversation import Record, RecordError, printable
 from sft_dist.data.formats import Row
 from sft_dist.data.manifest import build_manifest, check_refused
 from sft_dist.data.partial import Counts, Partial, Summary
@@ -40,6 +42,11 @@ _NAMED_RANKS = 10
 # Roughly what one process renders, and how long new ones take to start: whether they pay.
 _BYTES_PER_S = 1e6
 _WORKERS_START_S = 1.5
+# Modules beside this one that decide what a record becomes.
+_DECISIVE = (
+    *("records", "messages", "parsing", "readers", "formats", "conversation"),
+    *("layout", "renderer", "rendering", "sample", "store"),
+)
 
 Task = tuple[int, list[Row]]  # number of the chunk, its records
 
@@ -71,15 +78,7 @@ def prepare(
     """
     formats.check_sources(sources)
     renderer = load_renderer(model, data)
-    fingerprints = [
-        {
-            "path": source.path,
-            "name": formats.source_name(source),
-            "format": source.format,
-            "sha256": formats.source_fingerprint(source),
-        }
-        for source in sources
-    ]
+    fingerprints = list(map(_fingerprint, sources))
     partial = Partial(Path(data.cache_dir) / _key(renderer, fingerprints))
     if not partial.is_finished:
         _prepare_together(_Job(tuple(sources), fingerprints, renderer, model, data, share, partial))
@@ -99,11 +98,29 @@ class _Job:
     partial: Partial
 
 
+def _fingerprint(source: SourceConfig) -> dict[str, str]:
+    return {
+        "path": source.path,
+        "name": formats.source_name(source),
+        "format": source.format,
+        "kind": formats.source_kind(source),
+        "sha256": formats.source_fingerprint(source),
+    }
+
+
 def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]]) -> str:
     # Not the folder: the same data elsewhere is the same data. Nor what is tolerated: that is asked afterwards.
-    content = [[item["name"], item["format"], item["sha256"]] for item in fingerprints]
-    text = json.dumps([store.FORMAT, RECORDS_PER_SHARD, renderer.fingerprint, content])
+    content = [[item["name"], item["format"], item["kind"], item["sha256"]] for item in fingerprints]
+    text = json.dumps([_code_version(), RECORDS_PER_SHARD, renderer.fingerprint, content])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def _code_version() -> list[str]:
+    """Of all code that decides what a record becomes: what other code prepared must not be taken for ours."""
+    folder = Path(__file__).parent
+    own = hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in _DECISIVE))
+    return [own.hexdigest(), version("transformers"), version("tokenizers")]
 
 
 def _prepare_together(job: _Job) -> None:
@@ -130,6 +147,10 @@ def _prepare_together(job: _Job) -> None:
             partial.write_failure(share.rank, told)
             raise told from error
         partial.write_failure(share.rank, error)
+        # What ranks and disks do to us, the next start goes on from; else the next start has another key.
+        is_over = share.size == 1 and not isinstance(error, (ClusterError, StorageError))
+        if is_over and not partial.is_used_by_others(TAKE_OVER_S):
+            partial.remove()
         raise
 
 
@@ -172,8 +193,14 @@ def _make_chunks(job: _Job, progress: Progress, is_ours: Callable[[int], bool]) 
 
 
 def _go_on(job: _Job, progress: Progress) -> None:
-    job.partial.raise_failure()
+    _raise_failure(job)
     progress.move()
+
+
+def _raise_failure(job: _Job) -> None:
+    """Raise what ended another rank. Alone there is none: other runs on one machine have the same `attempt`."""
+    if job.share.size > 1:
+        job.partial.raise_failure()
 
 
 def _num_workers(job: _Job, progress: Progress, first: Sequence[Task]) -> int:
@@ -223,7 +250,7 @@ def _make_chunk(renderer: Renderer, partial: Partial, task: Task) -> None:
         result = record if isinstance(record, RecordError) else next(rendered)
         if isinstance(result, RecordError):
             identity = row.default_id if isinstance(record, RecordError) else record.id
-            refused.append(Refused(row.where, identity, result.reason, result.detail))
+            refused.append(Refused(printable(row.where), printable(identity), result.reason, result.detail))
             counts = Counts(num_records=1, num_refused=1)
         else:
             samples += result
@@ -257,7 +284,7 @@ def _finish_together(job: _Job, progress: Progress, num_chunks: int) -> None:
     signs: object = None
     moved = said = time.monotonic()
     while not partial.is_finished:
-        partial.raise_failure()
+        _raise_failure(job)
         missing = partial.missing(num_chunks)
         now = time.monotonic()
         if (latest := (len(missing), partial.pulse())) != signs:
@@ -306,6 +333,10 @@ def _finish(job: _Job, num_chunks: int) -> None:
     if len(summaries) != num_chunks:
         partial.forget()  # files have gone since we saw them: another run has finished, or they were deleted
         return
+    for source, before in zip(job.sources, job.fingerprints, strict=True):
+        if _fingerprint(source) != before:
+            partial.forget_chunks()
+            raise DataError(f"{source.path}: changed while it was read; start again")
     manifest = build_manifest(job.fingerprints, job.renderer, summaries, partial.shard_paths(summaries))
     partial.finish(manifest, [item for summary in summaries for item in summary.refused])
 

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:-]+)?")
 _BOM = b"\xef\xbb\xbf"
 _ROWS_PER_BATCH = 500
 _UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
+# What Python has no value for: text that is no UTF-8, a date after the year 9999.
+_NO_VALUE = (ValueError, OverflowError)
 
 
 def is_hub_id(path: str) -> bool:
@@ -77,6 +79,16 @@ def check_readable(path: str) -> None:
         raise DataError(f"{path}: the file is empty")
 
 
+def kind_of(path: str) -> str:
+    """How a file is read: its suffix without compression, `hub`, or `arrow` for a folder."""
+    if is_hub_id(path):
+        return "hub"
+    if os.path.isdir(path):
+        return "arrow"
+    name = path.removesuffix(".gz").removesuffix(".zst")
+    return next((suffix for suffix in (".jsonl", ".json", ".csv", ".parquet") if name.endswith(suffix)), "")
+
+
 def fingerprint(path: str) -> str:
     """sha256 of a file's bytes, of the files of a folder, or the data set fingerprint of a Hub id."""
     if is_hub_id(path):
@@ -90,27 +102,31 @@ def fingerprint(path: str) -> str:
 
 
 class RecordReader:
-    """Iterate once over (place, payload) of one file, folder or Hub id; `fraction` of it is read so far."""
+    """Iterate once over (place, payload) of one file, folder or Hub id; `fraction` of it is read so far.
 
-    def __init__(self, path: str) -> None:
+    `columns_read` chooses among the columns of a table: what nobody asks for need not be readable.
+    """
+
+    def __init__(self, path: str, columns_read: Callable[[Collection[str]], list[str]] = list) -> None:
         self.path = path
+        self._columns_read = columns_read
         self.fraction = 0.0
 
     def __iter__(self) -> Iterator[tuple[str, Payload]]:
         check_readable(self.path)
-        kind = self.path.removesuffix(".gz").removesuffix(".zst")
-        if is_hub_id(self.path):
-            yield from self._arrow(_hub_dataset(self.path))
-        elif os.path.isdir(self.path):
-            yield from self._arrow(_arrow_folder(self.path))
-        elif kind.endswith(".parquet"):
-            yield from self._parquet()
-        elif kind.endswith(".jsonl"):
-            yield from self._json_lines()
-        elif kind.endswith(".csv"):
-            yield from self._csv()
-        else:
-            yield from self._json_list()
+        match kind_of(self.path):
+            case "hub":
+                yield from self._arrow(_hub_dataset(self.path))
+            case "arrow":
+                yield from self._arrow(_arrow_folder(self.path))
+            case ".parquet":
+                yield from self._parquet()
+            case ".jsonl":
+                yield from self._json_lines()
+            case ".csv":
+                yield from self._csv()
+            case _:
+                yield from self._json_list()
         self.fraction = 1.0
 
     def _json_lines(self) -> Iterator[tuple[str, bytes]]:
@@ -185,24 +201,26 @@ class RecordReader:
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 shape, num_rows = self._shape(file.schema_arrow), file.metadata.num_rows
-                for batch in file.iter_batches(_ROWS_PER_BATCH):
-                    for values in batch.to_pylist():
+                columns = self._columns_read(file.schema_arrow.names)
+                for batch in file.iter_batches(_ROWS_PER_BATCH, columns=columns):
+                    for values in _rows(batch):
                         yield f"[{number}]", ArrowValues(shape, values)
                         number += 1
                         self.fraction = number / num_rows
-        except (*_UNREADABLE, UnicodeDecodeError) as error:
+        except (*_UNREADABLE, *_NO_VALUE) as error:
             raise DataError(f"{self.path}: cannot be read as parquet after record {number}: {error}") from None
 
     def _arrow(self, dataset: Any) -> Iterator[tuple[str, ArrowValues]]:
         number = 0
         try:
             shape = self._shape(dataset.data.schema)
-            for table in dataset.with_format("arrow").iter(_ROWS_PER_BATCH):
-                for values in table.to_pylist():
+            columns = self._columns_read(dataset.column_names)
+            for table in dataset.select_columns(columns).with_format("arrow").iter(_ROWS_PER_BATCH):
+                for values in _rows(table):
                     yield f"[{number}]", ArrowValues(shape, values)
                     number += 1
                     self.fraction = number / len(dataset)
-        except (*_UNREADABLE, UnicodeDecodeError) as error:
+        except (*_UNREADABLE, *_NO_VALUE) as error:
             raise DataError(f"{self.path}: cannot be read as Arrow data after record {number}: {error}") from None
 
     def _shape(self, schema: pa.Schema) -> Any:
@@ -216,6 +234,17 @@ class RecordReader:
             for number, line in enumerate(file):
                 self.fraction = raw.tell() / size
                 yield line if number else line.removeprefix(_BOM)
+
+
+def _rows(table: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a table as Python values, up to the first that has none. Raises what that row raises."""
+    try:
+        rows: Sequence[dict[str, Any]] = table.to_pylist()
+    except _NO_VALUE:
+        for number in range(len(table)):
+            yield from table.slice(number, 1).to_pylist()
+    else:
+        yield from rows
 
 
 @contextmanager

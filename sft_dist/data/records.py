@@ -4,7 +4,7 @@ Pure functions over JSON values, which may be anything; what does not fit is a R
 what is trained are understood or refused by name, never dropped; all other fields are harmless.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sft_dist.config import RecordFormat
 from sft_dist.data.conversation import Conversation, Message, Record, RecordError, Text, Tokens, check_record
 from sft_dist.data.messages import MEDIA, message_of, messages_of, refuse_fields, tools_of, weight_of
-from sft_dist.data.parsing import kind
+from sft_dist.data.parsing import kind, short
 
 Fields = Mapping[str, Any]
 
@@ -41,6 +41,14 @@ _REFUSED_OF_CONVERSATION = {
 }
 _REFUSED_SYSTEM = {"system": "write it as the first message"}
 
+# All fields that a record is asked for.
+FIELDS = frozenset(
+    ("id", "weight", "system", "input", "history", "label", "tools", "functions", "attention_mask", "position_ids")
+).union(*REQUIRED.values(), MASKS, _REFUSED, _REFUSED_OF_CONVERSATION)
+
+# csv knows only text.
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
 
 def format_of(fields: Fields) -> RecordFormat:
     """The first format whose fields are all there (null is not there). Raises RecordError for none."""
@@ -49,6 +57,13 @@ def format_of(fields: Fields) -> RecordFormat:
             return name
     expected = "; ".join(map(_quoted, REQUIRED.values()))
     raise RecordError("unknown format", f"expected one of {expected}; fields found: {_names(fields)}")
+
+
+def fields_read(names: Collection[str]) -> list[str]:
+    """Which columns of a table matter; all of them where they are of no known format, for errors to show."""
+    if any(set(required) <= set(names) for required in REQUIRED.values()):
+        return [name for name in names if name in FIELDS]
+    return list(names)
 
 
 def convert(fields: Fields, format: RecordFormat, *, index: int, source: str, where: str, default_id: str) -> Record:
@@ -88,8 +103,7 @@ def _sharegpt(fields: Fields) -> tuple[Message, ...]:
 
 def _prompt_completion(fields: Fields) -> tuple[Message, ...]:
     refuse_fields(fields, _REFUSED_SYSTEM, "the record")
-    if fields.get("label") is False:
-        raise RecordError("rejected answer", "`label` is false: the completion is an example of what not to write")
+    _refuse_rejected(fields.get("label"))
     prompt, completion = _side(fields, "prompt", "user"), _side(fields, "completion", "assistant")
     if not any(message.role == "assistant" for message in completion):
         raise RecordError("no assistant turn", "no message of the completion has role 'assistant'")
@@ -99,6 +113,16 @@ def _prompt_completion(fields: Fields) -> tuple[Message, ...]:
         for message in prompt
     )
     return given + completion
+
+
+def _refuse_rejected(label: Any) -> None:
+    if label in (None, ""):
+        return
+    is_good = _LABELS.get(str(label).strip().lower())
+    if is_good is None:
+        raise RecordError("unsupported field", f"the record has `label`: {short(label)}; expected true or false")
+    if not is_good:
+        raise RecordError("rejected answer", "`label` is false: the completion is an example of what not to write")
 
 
 def _alpaca(fields: Fields) -> tuple[Message, ...]:

@@ -247,7 +247,10 @@ class Renderer:
                 add_generation_prompt=generation_prompt,
                 **self._kwargs,
             )
-        except (TemplateError, TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        except (
+            *(TemplateError, TypeError, KeyError, IndexError, ValueError),
+            *(AttributeError, ArithmeticError, RecursionError),
+        ) as error:
             raise RecordError("template error", f"the chat template refuses it: {error}") from None
         return str(text)
 
@@ -371,6 +374,9 @@ def load_tokenizer(model: ModelConfig) -> Any:
         raise ConfigError(f"model.path: {model.path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
     if tokenizer.eos_token is None:
         raise ConfigError(f"model.path: {model.path}: its tokenizer names no eos_token, so no answer could end")
+    # What tokenizer.json says about lengths would cut or fill every text that is encoded here.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     _make_special(tokenizer, model.control_tokens)
     return tokenizer
 

@@ -4,9 +4,9 @@ Pure functions of (prepared data, policy), applied after preparation, so that on
 and weighting. The formulas stand in docs/objective.md, section 5.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sft_dist.data.conversation import ROLES
 from sft_dist.data.sample import Int32, Sample
 from sft_dist.data.store import PreparedDataset
+from sft_dist.errors import DataError
 
 TrainOn = Literal["assistant", "last_assistant", "all", "marked"]
 Normalise = Literal["token", "turn", "conversation"]
@@ -24,15 +25,23 @@ Float64 = NDArray[np.float64]
 _ASSISTANT, _TEXT = ROLES.index("assistant"), ROLES.index("text")
 
 # What happens to a sample.
-_WHOLE, _WINDOWS, _CUT, _TOO_LONG, _DUPLICATE = range(5)
-_REASONS = {_CUT: "end cut off", _TOO_LONG: "too long", _DUPLICATE: "duplicate"}
+_WHOLE, _WINDOWS, _CUT, _TOO_LONG, _NO_TARGET, _DUPLICATE, _NEVER_DRAWN = range(7)
+_REASONS = {
+    _CUT: "end cut off",
+    _TOO_LONG: "too long",
+    _NO_TARGET: "no target",
+    _DUPLICATE: "duplicate",
+    _NEVER_DRAWN: "repeat 0",
+}
+_SMALLEST_WEIGHT = 1e-30  # of a target, beside the largest: what float32 holds with all its digits, with room to spare
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What of a prepared data set takes part, and with which weight.
 
-    `roles` replaces `train_on` where it is given (scoring): the outputs of all messages of these roles.
+    `roles` replaces `train_on` where it is given (scoring): the outputs of all messages of these roles. Samples without
+    a target stay then; otherwise they are left out, as are those of sources that are repeated 0 times.
     """
 
     max_length: int
@@ -40,7 +49,8 @@ class Policy:
     normalise: Normalise = "token"
     overflow: Overflow = "drop"
     deduplicate: bool = False
-    source_weights: Mapping[str, float] = field(default_factory=dict)
+    source_weights: Mapping[str, float] = field(default_factory=dict)  # by name; default: 1
+    repeats: Mapping[str, float] = field(default_factory=dict)  # copies in an epoch, by source; default: 1
     roles: frozenset[str] | None = None
 
 
@@ -63,8 +73,39 @@ class LeftOut:
     num_targets: int
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOutTable:
+    """All that takes no part, as columns in the order of the data set."""
+
+    samples: Int64
+    reasons: Int64  # keys of _REASONS
+    num_tokens: Int64
+    num_targets: Int64
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def summary(self) -> dict[str, tuple[int, int, int]]:
+        """Reason -> (number, tokens, targets), the most frequent first."""
+        sums = {}
+        for reason, name in _REASONS.items():
+            mine = self.reasons == reason
+            if mine.any():
+                sums[name] = (int(mine.sum()), int(self.num_tokens[mine].sum()), int(self.num_targets[mine].sum()))
+        return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
+
+    def listed(self) -> Iterator[LeftOut]:
+        """One by one, without sources that are never drawn: those are whole, and wanted so."""
+        for row in np.flatnonzero(self.reasons != _NEVER_DRAWN):
+            reason = _REASONS[int(self.reasons[row])]
+            yield LeftOut(int(self.samples[row]), reason, int(self.num_tokens[row]), int(self.num_targets[row]))
+
+
 class Selection:
-    """Examples by number, in the order of the data set; those without a target are there too."""
+    """Examples by number, in the order of the data set.
+
+    Raises DataError for weights of targets that are too far apart for one float32 sum.
+    """
 
     def __init__(self, dataset: PreparedDataset, policy: Policy) -> None:
         self.dataset = dataset
@@ -74,13 +115,16 @@ class Selection:
         self._first = np.maximum(first, 1)  # nothing comes before token 0
         self._rows = np.searchsorted(spans.sample, np.arange(len(dataset) + 1))  # first span of every sample
         cuts = self._ends_that_fit()
-        reasons = _reasons(dataset, policy, cuts)
+        self.source_names, source_codes = dataset.sources()
+        reasons = _reasons(dataset, policy, cuts, _by_name(self.source_names, policy.repeats)[source_codes])
         self.samples, self._begins, self._ends = self._views(reasons, cuts)
-        self.lengths: Int64 = self._ends - self._begins  # [n] tokens of each example
-        self.indices: Int64 = dataset.column("index")[self.samples]  # [n] of each example's conversation
-        self.sources: NDArray[Any] = dataset.column("source")[self.samples]  # [n] names
         view, row, num_tokens = self._targets_of_views()
         self.num_targets: Int64 = np.bincount(view, num_tokens, minlength=len(self)).astype(np.int64)  # [n]
+        if policy.roles is None:
+            view = self._drop_without_target(reasons, view)
+        self.lengths: Int64 = self._ends - self._begins  # [n] tokens of each example
+        self.indices: Int64 = dataset.column("index")[self.samples]  # [n] of each example's conversation
+        self.source_codes: Int32 = source_codes[self.samples]  # [n] place in source_names
         self.left_out = self._left_out(reasons)
         self._span_weights: Float64 = spans.weight  # of each target token of a span
         if policy.normalise == "turn":
@@ -89,6 +133,8 @@ class Selection:
             self._span_weights = spans.weight / np.maximum(of_span, 1)
         own: Float64 = np.bincount(view, self._span_weights[row] * num_tokens, minlength=len(self)).astype(np.float64)
         self._scale = self._scales(own)  # [n] factor of the span weights in each example
+        if policy.roles is None:
+            self._scale /= self._largest_weight(view, row)
         self.mass: Float64 = self._scale * own  # [n] what each example adds to the denominator of its step
 
     def __len__(self) -> int:
@@ -124,7 +170,7 @@ class Selection:
         lengths, room = self.dataset.lengths, self.policy.max_length
         stops = np.where(reasons == _CUT, cuts, lengths)
         counts = np.where(reasons == _WINDOWS, -(-(lengths - 1) // (room - 1)), 1)
-        counts[np.isin(reasons, (_DUPLICATE, _TOO_LONG))] = 0
+        counts[np.isin(reasons, (_TOO_LONG, _DUPLICATE, _NEVER_DRAWN))] = 0
         samples = np.repeat(np.arange(len(lengths)), counts)
         within = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
         begins = within * (room - 1)
@@ -142,33 +188,63 @@ class Selection:
         some = num_tokens > 0
         return view[some], row[some], num_tokens[some]
 
+    def _drop_without_target(self, reasons: Int64, view: Int64) -> Int64:
+        """Take examples without a target out, and note it in `reasons`; returns the new numbers of those in `view`."""
+        has_target = self.num_targets > 0
+        without = self.samples[~has_target]
+        reasons[without] = np.where(reasons[without] == _CUT, _TOO_LONG, _NO_TARGET)
+        self.samples, self._begins, self._ends, self.num_targets = (
+            column[has_target] for column in (self.samples, self._begins, self._ends, self.num_targets)
+        )
+        return np.asarray((np.cumsum(has_target) - 1)[view])
+
+    def _largest_weight(self, view: Int64, row: Int64) -> float:
+        """Of all targets, 1 where there is none. Divided by it, weights of any size are float32 numbers."""
+        if not len(view):
+            return 1.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights = self._span_weights[row] * self._scale[view]
+        low, high = int(np.argmin(weights)), int(np.argmax(weights))
+        if not (np.isfinite(weights).all() and weights[low] >= _SMALLEST_WEIGHT * weights[high] > 0):
+            names = [self.dataset[int(self.samples[view[pair]])].conversation_id for pair in (low, high)]
+            raise DataError(
+                f"weights of target tokens reach from {weights[low]:.3g} ({names[0]}) to {weights[high]:.3g} "
+                f"({names[1]}): the smallest must be at least {_SMALLEST_WEIGHT:g} of the largest; mend the weights of "
+                "these records, their messages or sources, or set them to 0 to leave them out"
+            )
+        return float(weights[high])
+
     def _scales(self, own: Float64) -> Float64:
         """Source x record weight of every example; with `conversation` as a share of its conversation's weight."""
-        weight_of = {name: self.policy.source_weights.get(name, 1.0) for name in set(self.sources)}
-        weights = np.array([weight_of[name] for name in self.sources], np.float64)
-        weights *= self.dataset.column("weight")[self.samples]
+        weights = _by_name(self.source_names, self.policy.source_weights)[self.source_codes]
+        with np.errstate(over="ignore"):
+            weights *= self.dataset.column("weight")[self.samples]
         if self.policy.normalise != "conversation":
             return weights
         _, conversation = np.unique(self.indices, return_inverse=True)
         whole = np.bincount(conversation, own)[conversation]
-        return np.divide(weights, whole, out=np.zeros(len(own)), where=whole > 0)
+        with np.errstate(over="ignore"):
+            return np.divide(weights, whole, out=np.zeros(len(own)), where=whole > 0)
 
-    def _left_out(self, reasons: Int64) -> list[LeftOut]:
+    def _left_out(self, reasons: Int64) -> LeftOutTable:
         """What no example covers, sample by sample."""
         spans, num = self.dataset.spans, len(self.dataset)
         of_span = np.where(self._is_target, np.maximum(self._last - self._first, 0), 0)
         targets = np.bincount(spans.sample, of_span, minlength=num)
         targets -= np.bincount(self.samples, self.num_targets, minlength=num)
-        tokens = self.dataset.lengths - np.bincount(self.samples, self.lengths, minlength=num)
+        # The first token of a later window is in the window before as well.
+        covered = np.bincount(self.samples, self.lengths - (self._begins > 0), minlength=num)
+        tokens = self.dataset.lengths - covered
         places = np.flatnonzero(np.isin(reasons, list(_REASONS)))
-        columns = (places, reasons[places], tokens[places].astype(np.int64), targets[places].astype(np.int64))
-        return [
-            LeftOut(place, _REASONS[reason], num_tokens, num_targets)
-            for place, reason, num_tokens, num_targets in zip(*(c.tolist() for c in columns), strict=True)
-        ]
+        return LeftOutTable(places, reasons[places], tokens[places].astype(np.int64), targets[places].astype(np.int64))
 
 
-def _reasons(dataset: PreparedDataset, policy: Policy, cuts: Int64) -> Int64:
+def _by_name(names: tuple[str, ...], values: Mapping[str, float]) -> Float64:
+    """[num_sources] the value of each source, 1 where none is given."""
+    return np.array([values.get(name, 1.0) for name in names], np.float64)
+
+
+def _reasons(dataset: PreparedDataset, policy: Policy, cuts: Int64, repeats: Float64) -> Int64:
     """[num_samples] what happens to every sample."""
     is_long = dataset.lengths > policy.max_length
     reasons = np.where(is_long, _TOO_LONG, _WHOLE)
@@ -177,7 +253,9 @@ def _reasons(dataset: PreparedDataset, policy: Policy, cuts: Int64) -> Int64:
         reasons[is_long & (cuts > 0)] = _CUT
         reasons[is_long & (num_others == 0)] = _WINDOWS
     if policy.deduplicate:
-        reasons[~_first_of_their_kind(dataset)] = _DUPLICATE
+        reasons[~_chosen_of_their_kind(dataset, repeats)] = _DUPLICATE
+    if policy.roles is None:
+        reasons[repeats == 0] = _NEVER_DRAWN
     return reasons
 
 
@@ -203,12 +281,19 @@ def _targets(dataset: PreparedDataset, policy: Policy) -> tuple[NDArray[np.bool_
     return is_target, spans.output_start, spans.output_end
 
 
-def _first_of_their_kind(dataset: PreparedDataset) -> NDArray[np.bool_]:
-    """Whether each sample belongs to the first conversation of its content."""
-    _, kind = np.unique(dataset.column("digest").astype("S16"), return_inverse=True)
+def _chosen_of_their_kind(dataset: PreparedDataset, repeats: Float64) -> NDArray[np.bool_]:
+    """Whether each sample belongs to the conversation that stands for all of its content.
+
+    That is the one of the source that is repeated most, so that none is drawn less than it would be by itself; of
+    several the first.
+    """
+    _, kind = np.unique(dataset.column("digest").view("S16"), return_inverse=True)
     indices = dataset.column("index")
-    first = np.full(kind.max(initial=0) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, kind, indices)
+    most = np.zeros(kind.max(initial=0) + 1)
+    np.maximum.at(most, kind, repeats)
+    is_candidate = repeats == most[kind]
+    first = np.full(len(most), np.iinfo(np.int64).max)
+    np.minimum.at(first, kind[is_candidate], indices[is_candidate])
     return np.asarray(first[kind] == indices)
 
 

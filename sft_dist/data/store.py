@@ -21,7 +21,7 @@ from sft_dist.data.conversation import ROLES
 from sft_dist.data.sample import Int32, Sample, Span
 from sft_dist.errors import DataError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 REFUSED = "refused.jsonl"
 
@@ -156,7 +156,9 @@ def _span_ints(span: Span) -> tuple[int, ...]:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+    # Paths may be no Unicode: JSON can say them all the same.
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_refused(path: Path, refused: Iterable[Refused]) -> None:
@@ -242,11 +244,18 @@ class PreparedDataset:
         return SpanTable(sample=sample, **columns)
 
     def column(self, name: str) -> NDArray[Any]:
-        """[num_samples] of `index`, `num_turns`, `weight`, `source` or `digest` (the last two as objects)."""
-        if name in ("source", "digest"):
-            values = [value for table in self._tables for value in table.column(name).to_pylist()]
-            return np.array([*values, None], object)[:-1]
+        """[num_samples] of `index`, `num_turns`, `weight` or `digest` (16 bytes each)."""
         return np.concatenate([_numpy(table.column(name)) for table in self._tables])
+
+    def sources(self) -> tuple[tuple[str, ...], Int32]:
+        """Names of the sources as they come, and int32 [num_samples]: which of them each sample is from."""
+        places: dict[str, int] = {}
+        codes = [np.zeros(0, np.int32)]
+        for table in self._tables:
+            encoded = table.column("source").dictionary_encode()
+            of_table = [places.setdefault(name, len(places)) for name in encoded.dictionary.to_pylist()]
+            codes.append(np.array(of_table, np.int32)[_numpy(encoded.indices)])
+        return tuple(places), np.concatenate(codes)
 
     def _flat(self, name: str) -> NDArray[Any]:
         return np.concatenate([_numpy(table.column(name).flatten()) for table in self._tables])

@@ -212,7 +212,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, world, tree, initial)
+    model = _sharded_model(config, world, tree, initial, seed=config.seed)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
     optimizer = torch.optim.AdamW(
@@ -229,18 +229,23 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
 
 
 def inference_engine(config: RunConfig, world: World, weights: Path | None) -> Engine:
-    """The same model without optimizer, for scoring: sharded parameters, no gradients."""
+    """The same model without optimizer, for scoring: sharded parameters, no gradients.
+
+    Raises ConfigError for parameters that neither the model's files nor `weights` hold.
+    """
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, world, tree, weights)
+    model = _sharded_model(config, world, tree, weights, seed=None if weights is None else config.seed)
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=tree)
     engine.eval()
     return Engine(engine, world)
 
 
-def _sharded_model(config: RunConfig, world: World, tree: dict[str, Any], weights: Path | None) -> TokenLogprobs:
+def _sharded_model(
+    config: RunConfig, world: World, tree: dict[str, Any], weights: Path | None, *, seed: int | None
+) -> TokenLogprobs:
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
     from transformers.integrations import HfDeepSpeedConfig
@@ -254,7 +259,12 @@ def _sharded_model(config: RunConfig, world: World, tree: dict[str, Any], weight
     announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
     model = loading.load_causal_lm(
-        config.model, model_config, added=added, dtype=compute_dtype(config.model), max_length=config.data.max_length
+        config.model,
+        model_config,
+        added=added,
+        dtype=compute_dtype(config.model),
+        max_length=config.data.max_length,
+        seed=seed,
     )
     if added is not None and weights is None and world.is_main:
         say(added.describe(model_config))

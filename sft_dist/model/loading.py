@@ -67,17 +67,20 @@ def load_config(model: ModelConfig, max_length: int) -> Any:
 
 
 def load_causal_lm(
-    model: ModelConfig, config: Any, *, added: NewTokens | None, dtype: torch.dtype, max_length: int
+    model: ModelConfig, config: Any, *, added: NewTokens | None, dtype: torch.dtype, max_length: int, seed: int | None
 ) -> Any:
     """A causal language model with its pre-trained weights, in `dtype`, and rows for the tokens that are `added`.
 
-    Sharded by ZeRO-3 when model/engine.py has announced it (`sharded_loading`). Raises ConfigError for parameters
-    that the files do not hold, unless their names match model.allow_new_parameters.
+    Sharded by ZeRO-3 when model/engine.py has announced it. Raises ConfigError for parameters that the files do not
+    hold, unless their names match model.allow_new_parameters: those start from `seed`, the same for every rank and
+    number of ranks. Without a seed they are refused as well: no training and no checkpoint would give them values.
     """
     from transformers import AutoModelForCausalLM
 
     attention.register()
     implementation = attention.choose_attention(config, model.attention, max_length)
+    if seed is not None:
+        torch.manual_seed(seed % 2**63)  # all that torch takes
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model.path,
@@ -90,7 +93,7 @@ def load_causal_lm(
         )
     except Exception as error:
         raise ConfigError(f"model.path: {model.path}: the weights cannot be loaded: {_first_line(error)}") from error
-    _check_report(model, report)
+    _check_report(model, report, may_start_new=seed is not None)
     if added is not None:
         _add_tokens(loaded, added)
     return loaded
@@ -114,9 +117,14 @@ def _add_tokens(causal_lm: Any, added: NewTokens) -> None:
     causal_lm.vocab_size = causal_lm.config.get_text_config().vocab_size = num_rows
 
 
-def _check_report(model: ModelConfig, report: dict[str, Any]) -> None:
+def _check_report(model: ModelConfig, report: dict[str, Any], *, may_start_new: bool) -> None:
     mismatched = [item[0] if isinstance(item, tuple) else item for item in report.get("mismatched_keys") or ()]
     new = sorted({*report["missing_keys"], *mismatched})
+    if new and not may_start_new:
+        raise ConfigError(
+            f"model.path: {model.path}: {len(new)} parameter(s) are not in its files and would be random: "
+            f"{', '.join(new[:_NAMED_PARAMETERS])}; name a run folder with a checkpoint that holds them, or its export"
+        )
     refused = [name for name in new if not any(fnmatch.fnmatch(name, p) for p in model.allow_new_parameters)]
     if refused:
         raise ConfigError(

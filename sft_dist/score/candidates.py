@@ -17,7 +17,7 @@ import numpy as np
 
 from sft_dist.config import DataConfig, SourceConfig
 from sft_dist.data import formats
-from sft_dist.data.conversation import RecordError
+from sft_dist.data.conversation import Record, RecordError, check_text
 from sft_dist.data.formats import Row
 from sft_dist.data.parsing import parse
 from sft_dist.data.records import convert
@@ -134,30 +134,43 @@ class Candidates:
         *,
         texts: TokenTexts | None,
     ) -> None:
-        """Reads all once. Raises DataError for records of another form, unless data.on_bad_record is `refuse`."""
+        """Reads all once. Raises DataError for bad records as data.on_bad_record and data.max_refused say."""
+        formats.check_sources(sources)
         self._sources = sources
         self._renderer = renderer
         self._texts = texts
         self._max_length = data.max_length
         self._refuses = data.on_bad_record == "refuse"
-        self.num_items = 0
+        # Before the records are counted: what comes in between is a change that check_unchanged sees.
+        self.identity = {"data": self._data_identity(), "roles": "candidates"}
+        self.num_items = num_faults = 0
         faults: list[str] = []
         for question in self._questions():
             self.num_items += 1
-            if question.fault is not None and len(faults) <= _NAMED_FAULTS:
-                faults.append(f"{question.row.where}: {question.fault}")
+            if question.fault is not None:
+                num_faults += 1
+                if len(faults) <= _NAMED_FAULTS:
+                    faults.append(f"{question.row.where}: {question.fault}")
         if not self.num_items:
-            raise DataError(f"{', '.join(source.path for source in sources)}: no records")
+            raise DataError(f"{self._paths}: no records")
         self._complain(faults)
-        content = [[formats.source_name(source), formats.source_fingerprint(source)] for source in sources]
-        key = json.dumps([renderer.fingerprint, content])
-        self.identity = {"data": hashlib.sha256(key.encode()).hexdigest()[:16], "roles": "candidates"}
+        if num_faults > data.max_refused * self.num_items:
+            raise DataError(
+                f"{num_faults:,} of {self.num_items:,} records cannot be scored, more than data.max_refused "
+                f"({data.max_refused:.1%}):\n{_named(faults)}\n"
+                "  mend them, or raise data.max_refused to go on without them"
+            )
+
+    def check_unchanged(self) -> None:
+        if self._data_identity() != self.identity["data"]:
+            raise self._changed()
 
     def blocks(self, first: int, num_items: int) -> Iterator[Block]:
         """The records from `first` on, as many at a time as have about `num_items` candidates."""
         questions: list[Question] = []
         num_candidates = 0
-        for question in islice(self._questions(), first, None):
+        # Records that were added meanwhile are not asked for: ranks that see them would be alone.
+        for question in islice(self._questions(), first, self.num_items):
             questions.append(question)
             num_candidates += max(len(question.candidates), 1)
             if num_candidates >= num_items:
@@ -166,13 +179,16 @@ class Candidates:
                 questions, num_candidates = [], 0
         if questions:
             yield Block(first, tuple(questions))
+            first += len(questions)
+        if first < self.num_items:
+            raise self._changed()
 
-    def check(self, engine: Engine, block: Block) -> str:
+    def check(self, engine: Engine, block: Block) -> str | None:
         """Raise ConfigError unless candidates on one prompt score as the model's own forward does. A collective."""
         renders = (_attempt(self._renderer, question) for question in block.questions)
         rendered = next((r for r in renders if isinstance(r, Rendered) and r.longest <= self._max_length), None)
         if rendered is None:
-            return "no prompt with candidates that fit, by which the model could be checked"
+            return None
         prompt = rendered.prompt(0)[-_PROBED_TOKENS:]
         outputs = tuple(output[:_PROBED_TOKENS] for output in rendered.outputs[:2])
         trees = [Tree(prompt, outputs)] if _is_split(engine) else [Tree(prompt, (output,)) for output in outputs]
@@ -242,12 +258,23 @@ class Candidates:
 
     def _complain(self, faults: Sequence[str]) -> None:
         if faults and not self._refuses:
-            named = "\n".join(f"  {fault}" for fault in faults[:_NAMED_FAULTS])
-            more = "\n  and more" if len(faults) > _NAMED_FAULTS else ""
             raise DataError(
-                f"records that cannot be scored:\n{named}{more}\n"
+                f"records that cannot be scored:\n{_named(faults)}\n"
                 "  mend them, or set data.on_bad_record: refuse to leave such records out, counted and named"
             )
+
+    @property
+    def _paths(self) -> str:
+        return ", ".join(source.path for source in self._sources)
+
+    def _data_identity(self) -> str:
+        """Of the content of the files and of how it becomes tokens."""
+        content = [[formats.source_name(source), formats.source_fingerprint(source)] for source in self._sources]
+        key = json.dumps([self._renderer.fingerprint, content])
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def _changed(self) -> DataError:
+        return DataError(f"{self._paths}: changed while it was scored; score it again, to another output")
 
     def _render_together(self, questions: Sequence[Question], layout: Layout) -> list[Rendered | str]:
         """The tokens of every question, or why there are none. A collective: each rank renders its share."""
@@ -326,23 +353,58 @@ class Candidates:
         )
 
 
+def _named(faults: Sequence[str]) -> str:
+    named = "\n".join(f"  {fault}" for fault in faults[:_NAMED_FAULTS])
+    return named + ("\n  and more" if len(faults) > _NAMED_FAULTS else "")
+
+
 def _question(row: Row) -> Question:
     try:
         record = _fields(row)
-        identity = row.default_id if record.get("id") is None else str(record["id"])
+        identity = row.default_id if record.get("id") in (None, "") else str(record["id"])
+        check_text(identity, "id")
+        prompt, candidates = _prompt(record), _candidates(record)
+        question = Question(row, identity, prompt, record.get("tools"), candidates)
+        _conversation(question, candidates[0])  # messages and tools are the same for all candidates
     except RecordError as error:
         return Question(row, row.default_id, fault=str(error))
-    prompt, candidates = record.get("prompt"), record.get("candidates")
+    except RecursionError:
+        return Question(row, row.default_id, fault="nested too deeply: hundreds of objects and lists in each other")
+    return question
+
+
+def _prompt(record: dict[str, Any]) -> tuple[Any, ...]:
+    prompt = record.get("prompt")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not messages:
-        return Question(row, identity, fault="no prompt: `prompt` must be text or a list of messages")
-    if (
-        not isinstance(candidates, list)
-        or not candidates
-        or not all(isinstance(candidate, str) for candidate in candidates)
-    ):
-        return Question(row, identity, fault="no candidates: `candidates` must be a list of one text or more")
-    return Question(row, identity, tuple(messages), record.get("tools"), tuple(candidates))
+        raise RecordError("no prompt", "`prompt` must be text or a list of messages")
+    return tuple(messages)
+
+
+def _candidates(record: dict[str, Any]) -> tuple[str, ...]:
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        raise RecordError("no candidates", "`candidates` must be a list of one text or more")
+    for number, candidate in enumerate(candidates, start=1):
+        if not isinstance(candidate, str) or not candidate.strip():
+            raise RecordError("no text", f"candidate {number} must be text with more than white space in it")
+        check_text(candidate, f"candidate {number}")
+    return tuple(candidates)
+
+
+def _conversation(question: Question, candidate: str) -> Record:
+    """The conversation that ends with a candidate. Raises RecordError."""
+    messages = [*question.prompt, {"role": "assistant", "content": candidate}]
+    tools = {} if question.tools is None else {"tools": question.tools}
+    row = question.row
+    return convert(
+        {"messages": messages} | tools,
+        "messages",
+        index=row.index,
+        source=row.source,
+        where=row.where,
+        default_id=row.default_id,
+    )
 
 
 def _attempt(renderer: Renderer, question: Question) -> Rendered | str:
@@ -356,15 +418,7 @@ def _attempt(renderer: Renderer, question: Question) -> Rendered | str:
 
 
 def _rendered(renderer: Renderer, question: Question) -> Rendered:
-    row = question.row
-    records = []
-    for candidate in question.candidates:
-        messages = [*question.prompt, {"role": "assistant", "content": candidate}]
-        tools = {} if question.tools is None else {"tools": question.tools}
-        fields = {"messages": messages} | tools
-        records.append(
-            convert(fields, "messages", index=row.index, source=row.source, where=row.where, default_id=row.default_id)
-        )
+    records = [_conversation(question, candidate) for candidate in question.candidates]
     prompts, outputs = [], []
     for number, samples in enumerate(render(renderer, records), start=1):
         if isinstance(samples, RecordError):

@@ -59,6 +59,9 @@ class Conversations:
         difference = probe.check(engine, probe.choose(dataset, self._policy.max_length))
         return f"packed log-probs equal the model's own, unpacked, to {difference:.1e}"
 
+    def check_unchanged(self) -> None:
+        """A prepared data set does not change: its folder is named by its content."""
+
     def score(
         self, engine: Engine, layout: Layout, block: Block, advance: Callable[[float], None]
     ) -> tuple[list[dict[str, Any]], Tally]:

@@ -34,8 +34,15 @@ class Job(Protocol[B]):
         """The items from `first` on, about `num_items` at a time."""
         ...
 
-    def check(self, engine: Engine, block: B) -> str:
-        """Compare with the model's own forward and say how well it agrees, or raise ConfigError. A collective."""
+    def check(self, engine: Engine, block: B) -> str | None:
+        """Compare with the model's own forward and say how well it agrees, or raise ConfigError. A collective.
+
+        None where nothing of the block can be compared.
+        """
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raise DataError where the data are not what `identity` says any more."""
         ...
 
     def score(

@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sft_dist.config import RunConfig
 from sft_dist.data.renderer import Renderer, load_renderer
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, UsageError, say
+from sft_dist.model import engine as engines
 from sft_dist.model import loading
 from sft_dist.train import checkpoint as checkpoints
 from sft_dist.train import rundir
@@ -61,6 +63,18 @@ def _scorer(config: RunConfig, name: str, which: str) -> Scorer:
         return Scorer(name, config.model_copy(update={"model": section}), None)
     section = rundir.saved_config(Path(name)).model
     return Scorer(name, config.model_copy(update={"model": section}), checkpoints.find(Path(name), which))
+
+
+def of_main(scorers: Sequence[Scorer]) -> list[Scorer]:
+    """The models with the checkpoints that rank 0 found: a run may publish one while ranks look. A collective."""
+    found = collectives.from_main({scorer.name: scorer.checkpoint for scorer in scorers})
+    return [replace(scorer, checkpoint=found.get(scorer.name, scorer.checkpoint)) for scorer in scorers]
+
+
+def settings(scorer: Scorer) -> dict[str, Any]:
+    """What decides the model's answers besides its files."""
+    section = scorer.config.model
+    return {"name": scorer.name, "dtype": str(engines.compute_dtype(section)), "attention": section.attention}
 
 
 def identity(scorer: Scorer, world: World) -> str:

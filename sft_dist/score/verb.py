@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sft_dist.config import RunConfig, SourceConfig
 from sft_dist.data.conversation import ROLES
@@ -18,7 +18,7 @@ from sft_dist.data.progress import duration
 from sft_dist.data.renderer import Renderer
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ConfigError, ExitCode, UserError, say
+from sft_dist.errors import ConfigError, ExitCode, say
 from sft_dist.model import engine as engines
 from sft_dist.preparation import share_of
 from sft_dist.score import candidates, models
@@ -31,8 +31,6 @@ from sft_dist.score.output import GrowingOutput, Part, check_writable
 from sft_dist.score.summary import Tally
 from sft_dist.score.tokens import TokenTexts
 from sft_dist.session import close_session, for_people, open_session, print_from_main
-
-T = TypeVar("T")
 
 # Samples (or candidates) between two journal entries: what a kill costs at most, and what is in memory at a time.
 BLOCK_ITEMS = 2_048
@@ -106,21 +104,21 @@ def _score(
     open_session(world)
     _leave_on_signals(f"what is scored so far is kept beside {output}; the same command goes on from there", world)
     say_once = print_from_main(world)
-    config = scorers[0].config
-    settings = {
-        **job.identity,
-        "tokens": with_tokens,
-        "data.max_length": config.data.max_length,
-        "dtype": str(engines.compute_dtype(config.model)),
-        "models": [[scorer.name, models.identity(scorer, world)] for scorer in scorers],
-    }
+    scorers = models.of_main(scorers)
+    settings = _settings(job, scorers, world, with_tokens=with_tokens, block_items=block_items)
+    dtypes = {model["name"]: model["dtype"] for model in settings["models"]}
+    if len(set(dtypes.values())) > 1:
+        said = ", ".join(f"{name} in {dtype.removeprefix('torch.')}" for name, dtype in dtypes.items())
+        say_once(f"note: the models compute in different precisions, which is part of their difference: {said}")
     growing: list[GrowingOutput] = []  # on rank 0
 
     def begin() -> list[Part]:
         growing.append(GrowingOutput(output, settings, len(scorers)))
+        if growing[0].is_published:
+            say("all is scored and in place already")
         return growing[0].parts
 
-    parts = _on_main(world, begin)
+    parts = collectives.on_main(begin)
     for number, (scorer, part) in enumerate(zip(scorers, parts, strict=True)):
         if part.is_whole:
             continue
@@ -130,13 +128,37 @@ def _score(
             )
         _score_model(job, scorer, world, part, growing[0] if growing else None, number, block_items=block_items)
     names = [scorer.name for scorer in scorers]
-    _on_main(world, lambda: growing[0].publish(names))
+    collectives.on_main(partial(_publish, job, growing, names))
     if world.is_main:
         tallies = [part.tally for part in growing[0].parts]
         print("\n".join(job.summary(names, tallies)))
         if reasons := job.left_out(tallies[0]):
             say(f"left out: {summarise(Counter(reasons))}")
         print(f"written to {output}")
+
+
+def _settings(
+    job: Job[Any], scorers: Sequence[Scorer], world: World, *, with_tokens: bool, block_items: int
+) -> dict[str, Any]:
+    """What decides the output. A collective; raises ClusterError where it is not the same on all ranks."""
+    described = [models.settings(scorer) for scorer in scorers]
+    settings = {
+        **job.identity,
+        "tokens": with_tokens,
+        "data.max_length": scorers[0].config.data.max_length,
+        "models": described,
+    }
+    # First what is known without the others: which models' files the ranks read together depends on it.
+    collectives.check_same(settings | {job.unit: job.num_items, "--block-items": block_items})
+    found = [model | {"content": models.identity(s, world)} for model, s in zip(described, scorers, strict=True)]
+    collectives.check_same({"models": found})
+    return settings | {"models": found}
+
+
+def _publish(job: Job[Any], growing: Sequence[GrowingOutput], names: Sequence[str]) -> None:
+    if not growing[0].is_published:
+        job.check_unchanged()
+    growing[0].publish(names)
 
 
 def _score_model(
@@ -154,14 +176,16 @@ def _score_model(
     engine = engines.inference_engine(scorer.config, world, scorer.weights)
     layout = Layout(world, scorer.config.data.max_length, scorer.config.batch.packs_per_micro_batch)
     progress = _Progress(scorer.name, job.num_items, part.num_done, job.unit, say_once)
-    is_checked = False
+    is_checked = part.num_done == job.num_items
     for block in job.blocks(part.num_done, block_items):
-        if not is_checked:
-            say_once(job.check(engine, block))
+        if not is_checked and (agreement := job.check(engine, block)) is not None:
+            say_once(agreement)
             is_checked = True
         lines, tally = job.score(engine, layout, block, partial(progress.advance, block))
-        _on_main(world, partial(_append, growing, number, lines, tally, block.end))
-    _on_main(world, lambda: growing.finish(number) if growing else None)
+        collectives.on_main(partial(_append, growing, number, lines, tally, block.end))
+    if not is_checked:
+        say_once(f"{scorer.name}: nothing that fits was there by which the model could be checked")
+    collectives.on_main(lambda: growing.finish(number) if growing else None)
     engine.close()
 
 
@@ -190,20 +214,6 @@ class _Progress:
         rate = (num_done - self._first) / (now - self._started)
         eta = duration((self._num_items - num_done) / rate) if rate > 0 else "-"
         self._say(f"score {self._name}  {int(num_done):,}/{self._num_items:,} {self._unit}  {rate:,.1f}/s  eta {eta}")
-
-
-def _on_main(world: World, action: Callable[[], T]) -> T:
-    """What rank 0 finds out, or the error it meets, on every rank. A collective."""
-    answer: tuple[T | None, UserError | None] = (None, None)
-    if world.is_main:
-        try:
-            answer = (action(), None)
-        except UserError as error:
-            answer = (None, error)
-    value, problem = collectives.from_main(answer)
-    if problem is not None:
-        raise problem
-    return value  # type: ignore[return-value]
 
 
 def _leave_on_signals(message: str, world: World) -> None:

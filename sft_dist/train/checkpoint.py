@@ -143,7 +143,10 @@ def find(run_dir: Path, which: str) -> Checkpoint:
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
     if which == "best-or-last":
-        which = "last" if best_step(run_dir) is None else "best"
+        best = best_step(run_dir)
+        which = "best" if best in steps else "last"
+        if best is not None and best not in steps:
+            print(f"note: {run_dir}: the best checkpoint (step {best:,}) is gone; taking the last", file=sys.stderr)
     match which:
         case "last":
             candidates = list(reversed(steps.values()))
@@ -175,7 +178,7 @@ def best_step(run_dir: Path) -> int | None:
 
 
 def mark_best(run_dir: Path, state: TrainState) -> None:
-    """Write which step is the best, from what every manifest carries; rank 0."""
+    """Write which step is the best, from what every manifest carries, or that none is; rank 0."""
     path = checkpoints_dir(run_dir) / BEST
     if state.heldout_best_step is None:
         path.unlink(missing_ok=True)

@@ -64,10 +64,11 @@ def check(checkpoint: Checkpoint, now: dict[str, Any], *, allow_changed: Sequenc
     pairs["data.train (repeat, weight)"] = (before["mixture"], now["mixture"])
     pairs["data"] = (before["data"], now["data"])
     pairs["model"] = (before["model"], now["model"])
+    pairs["model.dtype (resolved)"] = (before["dtype"], now["dtype"])  # auto is another one on another machine
     changed = [
         f"  {key}: {old!r} in the checkpoint, {new!r} now"
         for key, (old, new) in pairs.items()
-        if old != new and key not in allow_changed
+        if old != new and not {key, key.partition(" (")[0]} & set(allow_changed)
     ]
     if changed:
         raise ConfigError(

@@ -69,7 +69,7 @@ def heldout_details(
 ) -> Details:
     """NLL and accuracy of every target token, each counted once whatever its weight, over all ranks. A collective."""
     engine.train(False)
-    details = Details(selection.sources)
+    details = Details(selection.source_names)
     for pack in distribute(packs, world.rank, world.size, per_forward):
         examples = [selection[number] for number in pack]
         with torch.no_grad():

@@ -102,7 +102,7 @@ class Run:
         self.engine.set_lr(rate)
         self.engine.train()
         every = config.logging.details_every
-        details = Details(self.selection.sources) if every and (step + 1) % every == 0 else None
+        details = Details(self.selection.source_names) if every and (step + 1) % every == 0 else None
         loss, nll = accumulate_gradient(self.engine, self.selection, self.plan, step, config, self.world, details)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")
@@ -213,9 +213,9 @@ class Run:
         )
         self._saved_step = self.state.step
         if self.world.is_main:
-            best = self.state.heldout_best_step
-            if self.config.checkpoint.keep_best:
-                checkpoint.mark_best(self._run_dir, self.state)
+            keep_best = self.config.checkpoint.keep_best
+            best = self.state.heldout_best_step if keep_best else None
+            checkpoint.mark_best(self._run_dir, replace(self.state, heldout_best_step=best))
             removed = checkpoint.evict(
                 self._run_dir,
                 published=saved.step,

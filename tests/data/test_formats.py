@@ -7,7 +7,7 @@ import math
 import pickle
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from sft_dist.config import RecordFormat, SourceConfig
 from sft_dist.data import formats
 from sft_dist.data.conversation import Conversation, Message, Record, RecordError, Text, Tokens, ToolCall, digest
 from sft_dist.data.parsing import ArrowValues, CsvCells
-from sft_dist.data.records import REQUIRED
+from sft_dist.data.records import FIELDS, REQUIRED
+from sft_dist.data.records import convert as convert_fields
 from sft_dist.errors import DataError
 
 Records = list[dict[str, Any]]
@@ -626,6 +627,70 @@ def test_an_arrow_folder_is_read_in_the_order_of_its_selection(tmp_path: Path) -
     assert [record.id for record in read(tmp_path / "x")] == ["b", "a", "a"]
 
 
+UNREADABLE_DATE = pa.array([0, 2**46], pa.timestamp("s"))  # the second is after the year 9999
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ""])
+def test_columns_that_nobody_reads_need_no_value_in_python(tmp_path: Path, suffix: str) -> None:
+    write_table(pa.table({"text": ["a", "b"], "created": UNREADABLE_DATE}), tmp_path / f"x{suffix}")
+    assert len(read(tmp_path / f"x{suffix}")) == 2
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ""])
+def test_a_value_that_python_does_not_have_is_an_error_with_its_record(tmp_path: Path, suffix: str) -> None:
+    write_table(pa.table({"text": ["a", "b"], "id": UNREADABLE_DATE}), tmp_path / f"x{suffix}")
+    with pytest.raises(DataError, match=r"cannot be read as .* after record 1: "):
+        read(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ""])
+def test_columns_that_are_refused_by_name_are_read(tmp_path: Path, suffix: str) -> None:
+    write_table(pa.table({"text": ["a"], "images": [["x.png"]], "color": ["red"]}), tmp_path / f"x{suffix}")
+    with pytest.raises(RecordError, match="images"):
+        read(tmp_path / f"x{suffix}")
+
+
+def test_a_table_of_no_known_format_shows_all_its_columns(tmp_path: Path) -> None:
+    write_table(pa.table({"question": ["a"], "id": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="fields found: id, question"):
+        read(tmp_path / "x.parquet")
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    if path.suffix:
+        pa.parquet.write_table(table, path)
+    else:
+        datasets.Dataset(table).save_to_disk(path)
+
+
+class Asked(dict[str, Any]):
+    """A record that knows which of its fields were asked for."""
+
+    def __init__(self, fields: dict[str, Any], names: set[str]) -> None:
+        super().__init__(fields)
+        self.names = names
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("images", "system", "documents"))  # so that every refused name is asked for
+
+
+def test_every_field_that_is_asked_for_is_among_the_columns_read() -> None:
+    asked: set[str] = set()
+    for format, examples in DATA.items():
+        for record in examples:
+            convert_fields(Asked(record, asked), format, index=0, source="x", where="x:1", default_id="x:1")
+    assert {"system", "history", "label", "tools", "position_ids", "images", "documents"} <= asked
+    assert asked <= FIELDS
+
+
 def test_a_hub_id_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, split: str) -> datasets.Dataset:
         if name != "owner/name":
@@ -685,7 +750,11 @@ def one(**message: Any) -> dict[str, Any]:
     return {"messages": [ANSWER | message]}
 
 
+PAIR = {"prompt": "q", "completion": "a"}
+
 BAD_RECORDS: list[tuple[Any, str]] = [
+    *((PAIR | {"label": label}, "rejected answer") for label in (False, 0, 0.0, "false", "False", "0")),
+    *((PAIR | {"label": label}, "unsupported field") for label in ("good", 2, -1, [True], {})),
     ({"messages": [{"role": "bot", "content": "x"}]}, "unknown role"),
     ({"messages": [{"role": "text", "content": "x"}, ANSWER]}, "unknown role"),
     ({"messages": [{"content": "x"}]}, "unknown role"),
@@ -830,6 +899,19 @@ HARMLESS = [
     {"prompt": "x", "completion": "y", "label": True, "chosen": "z"},
     {"text": "x", "label": 3, "meta": {"system": "x"}},
 ]
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0, "true", "True", "1", "", None])
+def test_a_completion_that_is_labelled_good_is_trained(label: Any) -> None:
+    assert messages_of(PAIR | {"label": label}) == messages_of(PAIR)
+
+
+def test_labels_of_csv_are_understood(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,completion,label\nq,a,true\nq,b,\nq,c,false\n")
+    first, second, third = formats.read_rows(source(tmp_path / "x.csv"))
+    formats.to_record(first), formats.to_record(second)
+    with pytest.raises(RecordError, match="rejected answer"):
+        formats.to_record(third)
 
 
 @pytest.mark.parametrize("record", HARMLESS)

@@ -3,7 +3,9 @@
 import gzip
 import hashlib
 import json
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_dist.config import DataConfig, ModelConfig, SourceConfig
+from sft_dist.config import DataConfig, ModelConfig, RunConfig, SourceConfig
 from sft_dist.data import prepare as preparing
-from sft_dist.data.partial import Counts
+from sft_dist.data.partial import Counts, Partial
 from sft_dist.data.prepare import prepare
 from sft_dist.data.progress import progress_line
+from sft_dist.data.selection import Selection
 from sft_dist.data.store import PreparedDataset
 from sft_dist.errors import DataError
+from sft_dist.preparation import describe, policy, write_left_out
 from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.models import build_tokenizer
 
@@ -199,7 +203,121 @@ def test_details_with_broken_text_are_listed_all_the_same(tmp_path: Path, model:
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD) + '\n{"\\ud800": 1}\n')
     dataset = run(tmp_path / "x.jsonl", model, on_bad_record="refuse", max_refused=0.5)
     assert dataset.manifest["num_refused"] == {"unknown format": 1}
-    assert len((dataset.folder / "refused.jsonl").read_text().splitlines()) == 1
+    [line] = (dataset.folder / "refused.jsonl").read_text().splitlines()
+    assert "\\ud800" in json.loads(line)["detail"].encode().decode(), "it can be written anywhere"
+    refused = {"train": Selection(dataset, policy(RunConfig(run_dir="x", model=model)))}
+    write_left_out(refused, tmp_path / "left_out.jsonl")
+    assert json.loads((tmp_path / "left_out.jsonl").read_text())["reason"] == "unknown format"
+    assert "\\ud800" in describe(dataset, RunConfig(run_dir="x", model=model)).encode().decode()
+
+
+def test_a_file_name_that_is_no_unicode_can_be_listed(tmp_path: Path, model: ModelConfig) -> None:
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    dataset = run(
+        write_jsonl(folder / "x.jsonl", [GOOD, {"a": 1}]),
+        model,
+        cache_dir=str(tmp_path / "prepared"),
+        on_bad_record="refuse",
+        max_refused=0.5,
+    )
+    assert json.loads((dataset.folder / "refused.jsonl").read_text())["where"].endswith("/\\udcff/x.jsonl:2")
+
+
+def test_the_same_bytes_read_otherwise_are_another_data_set(tmp_path: Path, model: ModelConfig) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps([GOOD]))
+    (tmp_path / "x.json").write_text(json.dumps([GOOD]))
+    assert len(run(tmp_path / "x.json", model)) == 1
+    with pytest.raises(DataError, match="not a record"):
+        run(tmp_path / "x.jsonl", model)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD])
+    before, make_chunk = path.read_bytes(), preparing._make_chunk
+
+    def change_then_make(*arguments: Any) -> None:
+        path.write_bytes(before + before)
+        make_chunk(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_make_chunk", change_then_make)
+        with pytest.raises(DataError, match=r"x\.jsonl: changed while it was read; start again"):
+            run(path, model)
+    assert not list((tmp_path / "prepared").iterdir())
+    assert len(run(path, model)) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("records", "messages", "parsing", "readers", "formats", "conversation"),
+        *("layout", "renderer", "rendering", "sample", "store"),
+    ],
+)
+def test_other_code_prepares_anew(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before, read_bytes = preparing._code_version.__wrapped__(), Path.read_bytes
+
+    def edited(path: Path) -> bytes:
+        return read_bytes(path) + (b"\n" if path.name == f"{name}.py" else b"")
+
+    monkeypatch.setattr(Path, "read_bytes", edited)
+    assert preparing._code_version.__wrapped__() != before
+
+
+@pytest.mark.parametrize("name", ["transformers", "tokenizers"])
+def test_other_libraries_prepare_anew(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD])
+    before, version = run(path, model).folder, preparing.version
+    monkeypatch.setattr(preparing, "version", lambda asked: "next" if asked == name else version(asked))
+    monkeypatch.setattr(preparing, "_code_version", preparing._code_version.__wrapped__)
+    assert run(path, model).folder != before
+
+
+def test_a_failure_leaves_nothing_behind_but_what_others_work_on(tmp_path: Path, model: ModelConfig) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([GOOD]) + "]")
+    with pytest.raises(DataError):
+        run(path, model)
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+@pytest.mark.parametrize(("age_s", "is_kept"), [(0, True), (3600, False)])
+def test_what_another_process_works_on_is_kept(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch, age_s: float, is_kept: bool
+) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD])
+
+    def fail(*_: Any) -> None:
+        [partial] = (tmp_path / "prepared").iterdir()
+        (partial / "alive-other").touch()
+        at = time.time() - age_s
+        os.utime(partial / "alive-other", (at, at))
+        raise DataError("broken")
+
+    monkeypatch.setattr(preparing, "_make_chunk", fail)
+    with pytest.raises(DataError, match="broken"):
+        run(path, model)
+    assert bool(list((tmp_path / "prepared").iterdir())) == is_kept
+
+
+def test_the_failure_of_an_unrelated_run_is_not_ours(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, make_chunk = write_jsonl(tmp_path / "x.jsonl", [GOOD]), preparing._make_chunk
+
+    def fail_elsewhere(renderer: Any, partial: Partial, task: Any) -> None:
+        other = Partial(partial.folder)
+        other.open(preparing.ALONE.attempt)
+        other.write_failure(0, DataError("of another run"))
+        make_chunk(renderer, partial, task)
+
+    monkeypatch.setattr(preparing, "_make_chunk", fail_elsewhere)
+    assert len(run(path, model)) == 1
 
 
 def test_another_eos_token_is_another_data_set(tmp_path: Path, model: ModelConfig) -> None:

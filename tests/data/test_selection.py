@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_dist.data.conversation import Conversation, Message, ToolCall, digest
 from sft_dist.data.sample import Sample, Span
 from sft_dist.data.selection import Selection
-from tests.helpers.samples import select
+from sft_dist.errors import DataError
+from tests.helpers.samples import prepared, select
 
 SOURCE_WEIGHTS = {"chat": 0.5, "code": 3.0}  # "text" has none
 
@@ -100,9 +102,9 @@ def kept_tokens(sample: Sample, max_length: int, overflow: str, train_on: str) -
     return max((end for end in ends if any(place < end for place in targets)), default=0)
 
 
-def kept_kinds(samples: list[Sample], deduplicate: bool) -> list[bool]:
+def kept_kinds(samples: list[Sample], deduplicate: bool, repeats: dict[str, float]) -> list[bool]:
     first: dict[bytes, int] = {}
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: (-repeats.get(sample.source, 1.0), sample.index)):
         first.setdefault(sample.digest, sample.index)
     return [not deduplicate or first[sample.digest] == sample.index for sample in samples]
 
@@ -130,26 +132,40 @@ def targets_found(selection: Selection) -> dict[tuple[int, int], tuple[int, floa
     st.integers(4, 70),
     st.sampled_from(["drop", "truncate_turns"]),
     st.booleans(),
+    st.fixed_dictionaries({}, optional={"chat": st.sampled_from([0.0, 2.0]), "code": st.sampled_from([0.0, 0.5])}),
 )
 def test_targets_weights_and_denominators_are_those_of_the_definitions(
-    samples: list[Sample], train_on: str, normalise: str, max_length: int, overflow: str, deduplicate: bool
+    samples: list[Sample],
+    train_on: str,
+    normalise: str,
+    max_length: int,
+    overflow: str,
+    deduplicate: bool,
+    repeats: dict[str, float],
 ) -> None:
     policy = {"train_on": train_on, "normalise": normalise, "max_length": max_length, "overflow": overflow}
+    policy |= {"deduplicate": deduplicate, "repeats": repeats, "source_weights": SOURCE_WEIGHTS}
     if not samples:
         return
     with tempfile.TemporaryDirectory() as folder:
-        selection = select(Path(folder), samples, **policy, deduplicate=deduplicate, source_weights=SOURCE_WEIGHTS)
+        selection = select(Path(folder), samples, **policy)
         found = targets_found(selection)
         masses = [float(selection[number].weights.astype(np.float64).sum()) for number in range(len(selection))]
-    is_kept = kept_kinds(samples, deduplicate)
+    is_kept = kept_kinds(samples, deduplicate, repeats)
     expected: dict[tuple[int, int], Span] = {}
     lost: dict[int, tuple[str, int, int]] = {}
+    never_drawn: list[int] = []
     for place, sample in enumerate(samples):
-        kept = kept_tokens(sample, max_length, overflow, train_on) if is_kept[place] else 0
         targets = wanted(sample, train_on)
+        if repeats.get(sample.source) == 0:
+            never_drawn.append(len(targets))
+            continue
+        kept = kept_tokens(sample, max_length, overflow, train_on) if is_kept[place] else 0
+        reason = "end cut off" if kept else "too long" if is_kept[place] else "duplicate"
+        if kept and not targets:
+            kept, reason = 0, "no target"
         expected |= {(place, token): span for token, span in targets.items() if token < kept}
         if kept < len(sample.ids):
-            reason = "end cut off" if kept else "too long" if is_kept[place] else "duplicate"
             lost[place] = (reason, len(sample.ids) - kept, sum(token >= kept for token in targets))
     assert {key: message for key, (message, _) in found.items()} == {k: span.message for k, span in expected.items()}
 
@@ -158,6 +174,7 @@ def test_targets_weights_and_denominators_are_those_of_the_definitions(
     in_conversation: dict[int, float] = defaultdict(float)
     for (place, _), span in expected.items():
         in_conversation[samples[place].index] += span.weight
+    weights = {}
     for (place, token), span in expected.items():
         sample = samples[place]
         whole = sample.weight * SOURCE_WEIGHTS.get(sample.source, 1.0)
@@ -166,12 +183,24 @@ def test_targets_weights_and_denominators_are_those_of_the_definitions(
             "turn": span.weight / in_turn[place, span.message],
             "conversation": span.weight / in_conversation[sample.index],
         }[normalise]
-        assert found[place, token][1] == pytest.approx(whole * share, rel=1e-6)
+        weights[place, token] = whole * share
+    largest = max(weights.values(), default=1.0)
+    assert {key: weight for key, (_, weight) in found.items()} == pytest.approx(
+        {key: weight / largest for key, weight in weights.items()}, rel=1e-6
+    )
     assert selection.mass.tolist() == pytest.approx(masses, rel=1e-6), "the denominator is the sum of the weights"
     counts = Counter(place for place, _ in expected)
     assert Counter(dict(zip(*_sums(selection.samples, selection.num_targets), strict=True))) == counts
-    assert {left.sample: (left.reason, left.num_tokens, left.num_targets) for left in selection.left_out} == lost
-    assert len(selection.left_out) == len(lost), "nothing is left out twice"
+    left_out = list(selection.left_out.listed())
+    assert {left.sample: (left.reason, left.num_tokens, left.num_targets) for left in left_out} == lost
+    assert len(left_out) == len(lost), "nothing is left out twice"
+    count, _, num_targets = selection.left_out.summary().get("repeat 0", (0, 0, 0))
+    assert (count, num_targets) == (len(never_drawn), sum(never_drawn))
+    assert len(selection.left_out) == len(lost) + count
+    for reason, (count, num_tokens, num_targets) in selection.left_out.summary().items():
+        if reason != "repeat 0":
+            mine = [item for item in lost.values() if item[0] == reason]
+            assert (count, num_tokens, num_targets) == (len(mine), sum(m[1] for m in mine), sum(m[2] for m in mine))
 
 
 def _sums(places: np.ndarray, counts: np.ndarray) -> tuple[list[int], list[int]]:
@@ -183,19 +212,25 @@ def _sums(places: np.ndarray, counts: np.ndarray) -> tuple[list[int], list[int]]
 
 
 @settings(deadline=None)
-@given(data_sets(), st.sampled_from(["token", "turn", "conversation"]), st.sampled_from([0.5, 8.0]))
-def test_a_factor_on_all_weights_changes_no_share(samples: list[Sample], normalise: str, factor: float) -> None:
+@given(data_sets(), st.sampled_from(["token", "turn", "conversation"]), st.sampled_from([0.3, 8.0, 1e-30, 1e30]))
+def test_a_factor_on_all_weights_changes_nothing(samples: list[Sample], normalise: str, factor: float) -> None:
+    """Also where the product of two weights is no float32."""
     if not samples:
         return
+    scaled_samples = [
+        replace(
+            s, weight=s.weight * factor, spans=tuple(replace(span, weight=span.weight * factor) for span in s.spans)
+        )
+        for s in samples
+    ]
     with tempfile.TemporaryDirectory() as folder:
         plain = select(Path(folder) / "1", samples, normalise=normalise)
-        scaled = select(
-            Path(folder) / "2", [replace(s, weight=s.weight * factor) for s in samples], normalise=normalise
-        )
-        total = max(plain.mass.sum(), 1e-9)
+        scaled = select(Path(folder) / "2", scaled_samples, normalise=normalise)
+        assert len(plain) == len(scaled)
+        assert plain.mass == pytest.approx(scaled.mass, rel=1e-6)
         for number in range(len(plain)):
-            share = plain[number].weights / total
-            assert share == pytest.approx(scaled[number].weights / (total * factor), rel=1e-6)
+            assert plain[number].weights == pytest.approx(scaled[number].weights, rel=1e-6)
+            assert scaled.mass[number] == pytest.approx(scaled[number].weights.sum(dtype=np.float64), rel=1e-6)
 
 
 @settings(deadline=None)
@@ -207,8 +242,8 @@ def test_a_long_text_becomes_windows_that_train_every_token_but_the_first_once(l
         selection = select(Path(folder), [sample], max_length=max_length, overflow="truncate_turns", normalise="turn")
         assert sorted(targets_found(selection)) == [(0, place) for place in range(1, length)]
         windows = [selection[number].sample for number in range(len(selection))]
-    assert not selection.left_out
-    assert selection.mass.sum() == pytest.approx(1.0), "a text is one turn, in however many windows"
+    assert not len(selection.left_out)
+    assert selection.mass.sum() == pytest.approx(length - 1), "a text is one turn, in however many windows"
     for window, following in pairwise(windows):
         assert len(window.ids) == max_length
         assert window.ids[-1] == following.ids[0], "windows overlap by one token"
@@ -235,7 +270,7 @@ def test_an_answer_is_never_cut_inside_and_keeps_its_stop_token(tmp_path: Path) 
         if kept:
             last = selection[0].sample.spans[-1]
             assert last.output_end == min(kept, 32) and last.end == kept, "the last answer is whole"
-        left = [(item.num_tokens, item.num_targets) for item in selection.left_out]
+        left = [(item.num_tokens, item.num_targets) for item in selection.left_out.listed()]
         assert left == ([(33 - kept, 12 - len(targets))] if kept < 33 else [])
 
 
@@ -256,4 +291,66 @@ def test_a_selection_may_be_empty(tmp_path: Path) -> None:
     for normalise in ("token", "turn", "conversation"):
         selection = select(tmp_path / normalise, [sample], max_length=5, normalise=normalise)
         assert len(selection) == len(selection.mass) == len(selection.lengths) == 0
-        assert [item.reason for item in selection.left_out] == ["too long"]
+        assert [item.reason for item in selection.left_out.listed()] == ["too long"]
+
+
+def one_answer(index: int, source: str, digest: str = "", **facts: Any) -> Sample:
+    """One message of three target tokens; `facts` of its span."""
+    span = Span(0, "assistant", 0, 1, 4, 5, is_owned=True, turn=1, **facts)
+    content = (digest or str(index)).encode().ljust(16)
+    return Sample(f"c{index}", index, source, np.arange(5, dtype=np.int32), (span,), num_turns=1, digest=content)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "kept"),
+    [({"a": 0}, [1, 3]), ({"a": 0.5}, [1, 3]), ({}, [0, 3]), ({"a": 2, "b": 3}, [1, 3]), ({"b": 0, "c": 0}, [0])],
+)
+def test_of_equal_conversations_the_one_drawn_most_stays(
+    tmp_path: Path, repeats: dict[str, float], kept: list[int]
+) -> None:
+    samples = [one_answer(0, "a", "x"), one_answer(1, "b", "x"), one_answer(2, "c", "x"), one_answer(3, "c")]
+    assert select(tmp_path, samples, deduplicate=True, repeats=repeats).indices.tolist() == kept
+
+
+def test_windows_without_a_target_are_left_out_and_counted(tmp_path: Path) -> None:
+    spans = tuple(
+        Span(number, "text", start, start, end, end, is_owned=True, turn=1, train=train)
+        for number, (start, end, train) in enumerate([(0, 5, None), (5, 17, False), (17, 20, None)])
+    )
+    sample = Sample("t", 0, "text", np.arange(20, dtype=np.int32), spans, num_turns=1)
+    selection = select(tmp_path, [sample], max_length=6, overflow="truncate_turns")
+    # Windows [0, 6), [5, 11), [10, 16) and [15, 20).
+    assert [selection[number].sample.ids[0] for number in range(len(selection))] == [0, 15]
+    assert [(item.reason, item.num_tokens, item.num_targets) for item in selection.left_out.listed()] == [
+        ("no target", 10, 0)
+    ]
+
+
+@pytest.mark.parametrize(("record", "message", "source"), [(1e-38, 1.0, 1.0), (3e38, 3e38, 1e300), (1, 1e-20, 1e-20)])
+def test_weights_too_far_apart_for_one_sum_are_an_error(
+    tmp_path: Path, record: float, message: float, source: float
+) -> None:
+    samples = [one_answer(0, "plain"), replace(one_answer(1, "odd", weight=message), weight=record)]
+    with pytest.raises(DataError, match=r"weights of target tokens.*c1"):
+        select(tmp_path, samples, source_weights={"odd": source})
+
+
+def test_sources_are_told_apart_over_shards(tmp_path: Path) -> None:
+    names = ["b", "a", "b", "ü", "a"]
+    whole = prepared(tmp_path, [one_answer(index, name) for index, name in enumerate(names)])
+    for first, end in (0, 5), (1, 4), (3, 5):
+        part_names, codes = whole.part(first, end).sources()
+        assert [part_names[code] for code in codes] == names[first:end]
+        assert len(set(part_names)) == len(part_names)
+
+
+def test_the_digest_is_of_all_that_a_template_may_write() -> None:
+    def of(call_id: str | None, answered: str | None) -> bytes:
+        messages = (
+            Message("assistant", None, tool_calls=(ToolCall("f", {}, call_id),)),
+            Message("tool", "1", tool_call_id=answered),
+        )
+        return digest(Conversation("c", 0, "s", "", 1.0, messages))
+
+    kinds = [of(call_id, answered) for call_id in (None, "a", "b") for answered in (None, "a", "b")]
+    assert len(set(kinds)) == 9 and of("a", "b") == of("a", "b")

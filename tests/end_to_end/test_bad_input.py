@@ -87,6 +87,11 @@ def test_new_parameters_may_start_at_random_where_they_are_named(bad: Place) -> 
     arguments = ["train", str(bad.run_file), f"run_dir={bad.folder / 'deeper_run'}", "schedule.max_steps=1"]
     done = bad.verb(*arguments, *overrides)
     assert done.returncode == 0, done.stderr
+    # Only training gives them a meaning.
+    scored = bad.verb("score", str(bad.run_file), *overrides, "--output", str(bad.folder / "scores"))
+    assert scored.returncode == 78 and "would be random" in scored.stderr, scored.stderr
+    options = ["--model", str(bad.folder / "deeper_run"), "--prompt", "x", "--max-new-tokens", "1"]
+    assert bad.verb("generate", *options).returncode == 0
 
 
 def test_a_fault_on_every_rank_ends_every_rank(bad: Place) -> None:
@@ -140,7 +145,13 @@ def test_score_of_samples_longer_than_max_length_says_so(bad: Place, tmp_path: P
         (["--model", "{}/no_tokenizer"], 78, "no tokenizer"),
         (["--model", "{}/no_template"], 78, "no chat template"),
         (["--model", "{}/nowhere"], 78, "nowhere"),
+        (["--model", "{}/deeper"], 78, "would be random"),
         (["--model", "{}/model", "--max-new-tokens", "0"], 2, "from 1"),
+        (
+            ["--model", "{}/model", "--max-new-tokens", "510"],
+            78,
+            "510 are more than the model's context (512",
+        ),
     ],
 )
 def test_generate_tells_what_is_missing(bad: Place, arguments: list[str], code: int, message: str) -> None:

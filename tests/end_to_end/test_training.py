@@ -68,8 +68,14 @@ def test_resuming_a_named_checkpoint_of_another_run(uninterrupted: Place) -> Non
 
 def test_export_loads_in_plain_transformers_and_scores_the_same(uninterrupted: Place, tmp_path: Path) -> None:
     place = uninterrupted
+    of_the_user = tmp_path / "model.tmp" / "notes.txt"
+    of_the_user.parent.mkdir()
+    of_the_user.write_text("mine")
     done = place.verb("export", str(place.folder / "whole"), "--output", str(tmp_path / "model"))
     assert done.returncode == 0, done.stderr
+    assert of_the_user.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.tmp"]
+    assert (tmp_path / "model").stat().st_mode == of_the_user.parent.stat().st_mode, "readable as any new folder"
     model, tokenizer = oracle.load(tmp_path / "model")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(place.folder / "model").chat_template
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -122,6 +128,50 @@ def test_the_best_checkpoint_is_kept_and_a_rise_of_the_heldout_nll_is_said(place
     assert json.loads((place.folder / "harsh" / "checkpoints" / "best.json").read_text())["step"] == best
     kept = sorted(int(path.name[5:]) for path in (place.folder / "harsh" / "checkpoints").glob("step-*"))
     assert kept == [best, 6]
+
+
+def test_without_keep_best_no_best_checkpoint_is_named_or_kept(place: Place) -> None:
+    kept = ["evaluate.every=1", "checkpoint.keep=1"]
+    stopped = place.train("was-best", *kept, "checkpoint.stop_at_step=2", ranks=1)
+    checkpoints = place.folder / "was-best" / "checkpoints"
+    assert stopped[0].returncode == 75 and (checkpoints / "best.json").exists(), _said(stopped)
+    # Held-out data as before, so the resumed state still knows a best step; later evaluations are left out.
+    done = place.train("was-best", "evaluate.every=0", "checkpoint.keep=1", "checkpoint.keep_best=false", ranks=1)
+    assert done[0].returncode == 0, _said(done)
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000006"]
+    assert not (checkpoints / "best.json").exists()
+    answer = place.verb("generate", "--model", str(place.folder / "was-best"), "--prompt", "x", "--max-new-tokens", "1")
+    assert answer.returncode == 0 and "is gone" not in answer.stderr, answer.stderr
+
+
+def test_generate_gives_the_context_of_training(place: Place, tmp_path: Path) -> None:
+    """Variables of the template and its date, as the run file had them; the oracle writes the text out."""
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ '<|im_start|>system\\n' + strftime_now('%d %B %Y') + mood + '<|im_end|>\\n' }}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    options = [f"data.chat_template={template}", "data.template_kwargs={mood: joke}", "data.date=1999-12-31"]
+    done = place.train("variables", *options, "schedule.max_steps=1", "evaluate.every=0", ranks=1)
+    assert done[0].returncode == 0, _said(done)
+    template.unlink()  # the checkpoint has it
+    run = str(place.folder / "variables")
+    answer = place.verb("generate", "--model", run, "--prompt", "weather", "--max-new-tokens", "24")
+    exported = place.verb("export", run, "--output", str(tmp_path / "m"))
+    assert (answer.returncode, exported.returncode) == (0, 0), answer.stderr + exported.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+
+    def greedy(system: str) -> str:
+        text = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nweather<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(text, return_tensors="pt")
+        output = model.generate(**ids, do_sample=False, max_new_tokens=24, pad_token_id=0)
+        return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    assert answer.stdout == greedy("31 December 1999joke") + "\n"
+    assert greedy("31 December 1999joke") != greedy("01 January 2025joke"), "this model tells contexts apart"
 
 
 def test_export_in_another_precision_is_the_rounded_checkpoint(uninterrupted: Place, tmp_path: Path) -> None:

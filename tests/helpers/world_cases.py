@@ -35,12 +35,14 @@ MAX_LENGTH = 384
 def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
     return RunConfig(
         run_dir=str(folder / "run"),
+        seed=case.get("seed", 0),
         model=ModelConfig(
             path=case["model"],
             attention=case.get("attention", "auto"),
             dtype=case.get("dtype", "auto"),
             gradient_checkpointing=case.get("gradient_checkpointing", True),
             control_tokens=case.get("control_tokens", ()),
+            allow_new_parameters=case.get("allow_new_parameters", ()),
         ),
         data=DataConfig(
             train=({"path": case["data"]},),
@@ -174,7 +176,7 @@ def objective(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any
         selection.lengths,
         selection.num_targets,
         mass=selection.mass,
-        repeats=np.array([case["repeats"].get(name, 1.0) for name in selection.sources]),
+        repeats=np.array([case["repeats"].get(selection.source_names[code], 1.0) for code in selection.source_codes]),
         conversations=selection.indices,
         max_length=selection.policy.max_length,
         global_packs=case["global_packs"],
@@ -192,7 +194,7 @@ def objective(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any
     engine.train()
     engine.set_lr(0.0)
     step = plan.num_steps - 1 if case["last_step"] else 0
-    details = Details(selection.sources) if case["details"] else None
+    details = Details(selection.source_names) if case["details"] else None
     loss, nll = accumulate_gradient(engine, selection, plan, step, config, world, details)
     gradients = {
         name.removeprefix("model."): safe_get_full_grad(parameter).clone()

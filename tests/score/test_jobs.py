@@ -72,7 +72,7 @@ def alone(folder: Path, ids: np.ndarray) -> np.ndarray:
 def written(folder: Path, shards: Sequence[Sequence[Sample]]) -> PreparedDataset:
     folder.mkdir(parents=True)
     described = [asdict(store.write_shard(folder / f"{n}.arrow", shard)) for n, shard in enumerate(shards)]
-    store.write_manifest(folder, {"shards": described, "num_refused": {"unknown role": 2}})
+    store.write_manifest(folder / store.MANIFEST, {"shards": described, "num_refused": {"unknown role": 2}})
     return PreparedDataset(folder)
 
 
@@ -270,7 +270,7 @@ def test_no_row_is_longer_than_max_length_and_the_prompt_is_once_in_each(
     assert len(line["candidates"]) == 300
     assert all(batch.input_ids.shape[1] <= MAX_LENGTH for batch in rows) and len(rows) > 10
     assert all(batch.parents is not None and batch.parents.count(-1) == 1 for batch in rows)
-    assert job.check(engine, block).startswith("log-probs of candidates equal the model's own")
+    assert (job.check(engine, block) or "").startswith("log-probs of candidates equal the model's own")
 
 
 def test_prompts_that_differ_are_computed_apart_and_counted(
@@ -313,6 +313,10 @@ BAD = [
     {"candidates": ["a"]},
     {"prompt": "x", "candidates": ["fine", "  "]},
     {"prompt": [{"role": "robot", "content": "x"}], "candidates": ["a"]},
+    {"prompt": ["x"], "candidates": ["a"]},
+    {"prompt": "x", "candidates": ["fine", "\ud800"]},
+    {"prompt": "x", "candidates": ["a"], "tools": [3]},
+    {"id": "\ud800", "prompt": "x", "candidates": ["a"]},
 ]
 
 
@@ -320,13 +324,50 @@ BAD = [
 def test_a_record_that_cannot_be_scored_is_named_or_left_out_in_its_place(
     folder: Path, world: World, renderer: Renderer, tmp_path: Path, bad: dict[str, Any]
 ) -> None:
-    path = write_jsonl(tmp_path / "c.jsonl", [RECORDS[1], bad, RECORDS[1]])
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (RECORDS[1], bad, RECORDS[1])))
     with pytest.raises(DataError, match=r"c\.jsonl:2"):
-        all_lines(job_of(path, renderer), PlainEngine(folder), world)
-    job = job_of(path, renderer, on_bad_record="refuse")
+        job_of(path, renderer)
+    with pytest.raises(DataError, match=r"1 of 3 records [^$]*c\.jsonl:2"):
+        job_of(path, renderer, on_bad_record="refuse", max_refused=0.3)
+    job = job_of(path, renderer, on_bad_record="refuse", max_refused=0.4)
     lines, tally = all_lines(job, PlainEngine(folder), world)
     assert [len(line["candidates"]) for line in lines] == [1, 0, 1]
     assert lines[1]["left_out"] and job.left_out(tally) == {"bad record": 1}
+
+
+@pytest.mark.parametrize("is_longer", [True, False])
+def test_a_file_that_changes_is_told_and_what_was_added_is_not_asked_for(
+    renderer: Renderer, tmp_path: Path, is_longer: bool
+) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", RECORDS[:3])
+    job = job_of(path, renderer)
+    job.check_unchanged()
+    write_jsonl(path, RECORDS[:5] if is_longer else RECORDS[:2])
+    with pytest.raises(DataError, match="changed while it was scored"):
+        job.check_unchanged()
+    if is_longer:
+        assert [block.end for block in job.blocks(0, 1)] == [1, 2, 3]
+    else:
+        with pytest.raises(DataError, match="changed while it was scored"):
+            list(job.blocks(0, 1))
+
+
+def test_two_sources_of_one_name_are_an_error(renderer: Renderer, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    paths = [write_jsonl(folder / "c.jsonl", RECORDS[:1]) for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(DataError, match="its name 'c'"):
+        Candidates([SourceConfig(path=str(p)) for p in paths], DataConfig(max_length=9), renderer, texts=None)
+
+
+def test_a_block_with_nothing_that_fits_leaves_the_check_to_the_next(
+    folder: Path, renderer: Renderer, world: World, tmp_path: Path
+) -> None:
+    job = job_of(write_jsonl(tmp_path / "c.jsonl", [RECORDS[5], RECORDS[1]]), renderer)
+    first, second = job.blocks(0, 1)
+    engine = PlainEngine(folder)
+    assert job.check(engine, first) is None
+    assert "equal the model's own" in (job.check(engine, second) or "")
 
 
 def test_candidates_are_told_from_conversations_by_their_first_record(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The identity of a model is the content of its files."""
+"""Which model is asked: the content of its files, how it computes, and the checkpoint that rank 0 finds."""
 
 import json
 import shutil
@@ -9,7 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sft_dist.config import ModelConfig, RunConfig
+from sft_dist.score import models
 from sft_dist.score.models import Scorer, identity
+from sft_dist.train.checkpoint import FORMAT, MANIFEST
 from tests.helpers.models import build_model
 from tests.helpers.plain_engine import world_of_one
 from tests.helpers.worlds import run_ranks
@@ -74,3 +76,62 @@ def test_a_model_leaves_the_memory_to_the_next(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     sizes = json.loads(done.stdout.split("SIZES ")[1].splitlines()[0])
     assert sizes[-1][0] - sizes[0][0] < mib / 2, (mib, sizes)
+
+
+def test_precision_and_attention_of_every_model_are_part_of_its_settings() -> None:
+    def of(**section: str) -> dict[str, object]:
+        tree = {"run_dir": "r", "model": {"path": "m"} | section}
+        return models.settings(Scorer("m", RunConfig.model_validate(tree), None))
+
+    assert of() == of() != of(attention="eager")
+    assert of(dtype="bfloat16") != of(dtype="float32")
+
+
+# Each rank sees another newest checkpoint, as where one is published while they look.
+AGREES = """
+import os, sys
+from pathlib import Path
+from sft_dist.config import ModelConfig, RunConfig
+from sft_dist.distributed import collectives
+from sft_dist.distributed.world import find_world
+from sft_dist.errors import ClusterError, ConfigError
+from sft_dist.score import models
+from sft_dist.session import open_session
+from sft_dist.train import checkpoint
+from sft_dist.training import initial_weights
+
+world = find_world(os.environ)
+open_session(world)
+run_dir = Path(sys.argv[1]) / str(world.rank)
+config = RunConfig(run_dir="r", model=ModelConfig(path="m", init_from=str(run_dir)))
+(agreed,) = models.of_main([models.Scorer("run", config, checkpoint.find(run_dir, "last"))])
+print("SCORES", agreed.weights.parent.parent.name)
+print("STARTS FROM", initial_weights(config).parent.parent.name)
+absent = ModelConfig(path="m", init_from="absent" if world.is_main else str(run_dir))
+try:
+    initial_weights(RunConfig(run_dir="r", model=absent))
+except ConfigError as error:
+    print("TOLD", error)
+collectives.check_same({"data": "d", "models": ["a"]})
+try:
+    collectives.check_same({"data": f"d{world.rank}", "models": ["a"]})
+except ClusterError as error:
+    print("DIFFERS", error, flush=True)
+collectives.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_take_what_rank_0_finds_and_tell_where_they_differ(tmp_path: Path) -> None:
+    for rank in range(2):
+        folder = tmp_path / str(rank) / "checkpoints" / f"step-{rank + 1:08d}"
+        folder.mkdir(parents=True)
+        manifest = {"format": FORMAT, "state": {"step": rank + 1}, "world_size": 1, "files": {}, "config": {}}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    for done in run_ranks(2, ["-c", AGREES, str(tmp_path)], timeout_s=120):
+        assert done.returncode == 0, done.stdout
+        assert "SCORES 0\n" in done.stdout and "STARTS FROM 0\n" in done.stdout
+        assert "TOLD absent" in done.stdout
+        assert "DIFFERS rank 1" in done.stdout and "data: 'd0' there, 'd1' here" in done.stdout
+        assert "models:" not in done.stdout

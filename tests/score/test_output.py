@@ -20,11 +20,6 @@ def line(number: int) -> dict[str, Any]:
     return {"id": f"é{number}", "index": number, "source": "s", "logprob": -number / 3, "turns": []}
 
 
-def release(growing: GrowingOutput) -> None:
-    for file in growing._files:
-        file.close()
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     kills=st.lists(st.tuples(st.integers(0, 3), st.binary(max_size=30), st.booleans()), max_size=6),
@@ -53,7 +48,7 @@ def test_any_kill_costs_nothing_but_the_block_at_hand(
         growing = GrowingOutput(output, SETTINGS, num_models)
         for _ in range(num_blocks):
             step(growing)
-        release(growing)
+        growing.close()
         unfinished = next((n for n, part in enumerate(growing.parts) if part.num_done < 8), 0)
         with open(f"{output}.partial-{unfinished + 1}", "ab") as file:
             file.write(torn)
@@ -66,7 +61,7 @@ def test_any_kill_costs_nothing_but_the_block_at_hand(
     assert written == 8 * num_models, "nothing is scored twice"
     assert [part.tally.counts for part in growing.parts] == [{"lines": 8}] * num_models
     growing.publish(["a", "b"][:num_models])
-    release(growing)
+    growing.close()
     found = [json.loads(text) for text in output.read_text().splitlines()]
     if num_models == 1:
         assert found == [line(i) for i in range(8)]
@@ -81,7 +76,7 @@ def test_any_kill_costs_nothing_but_the_block_at_hand(
 def test_another_command_is_told_what_differs(tmp_path: Path) -> None:
     growing = GrowingOutput(tmp_path / "o", SETTINGS, 1)
     growing.append(0, [line(0)], Tally(), num_done=1)
-    release(growing)
+    growing.close()
     before = (tmp_path / "o.partial-1").read_bytes()
     with pytest.raises(ConfigError, match="tokens: False there, True now"):
         GrowingOutput(tmp_path / "o", SETTINGS | {"tokens": True}, 1)
@@ -92,14 +87,14 @@ def test_two_processes_cannot_write_one_output(tmp_path: Path) -> None:
     growing = GrowingOutput(tmp_path / "o", SETTINGS, 1)
     with pytest.raises(ClusterError, match="another process"):
         GrowingOutput(tmp_path / "o", SETTINGS, 1)
-    release(growing)
-    release(GrowingOutput(tmp_path / "o", SETTINGS, 1))
+    growing.close()
+    GrowingOutput(tmp_path / "o", SETTINGS, 1).close()
 
 
 def test_lines_that_the_journal_promises_and_the_disk_lacks_are_an_error(tmp_path: Path) -> None:
     growing = GrowingOutput(tmp_path / "o", SETTINGS, 1)
     growing.append(0, [line(0)], Tally(), num_done=1)
-    release(growing)
+    growing.close()
     os.truncate(tmp_path / "o.partial-1", 3)
     with pytest.raises(StorageError, match="shorter"):
         GrowingOutput(tmp_path / "o", SETTINGS, 1)
@@ -116,35 +111,97 @@ def test_a_finished_output_stays_until_the_next_one_is_whole(tmp_path: Path) -> 
     growing.append(0, [line(0)], Tally(), num_done=1)
     assert output.read_text() == "old"
     growing.publish(["a"])
-    release(growing)
+    growing.close()
     assert json.loads(output.read_text()) == line(0)
 
 
-@pytest.mark.parametrize("num_models", [1, 2])
-def test_a_kill_while_publishing_leaves_a_whole_output_and_a_command_that_works(
-    tmp_path: Path, num_models: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kill comes right after the rename."""
-    output = tmp_path / "o"
-    names = ["a", "b"][:num_models]
+KILLED_BEFORE = ["rename", "unlink 1", "unlink 2"]
+
+
+def finished(output: Path, num_models: int) -> GrowingOutput:
     growing = GrowingOutput(output, SETTINGS, num_models)
     for number in range(num_models):
-        growing.append(number, [line(0)], Tally(), num_done=1)
+        growing.append(number, [line(0)], Tally({"lines": 1}), num_done=1)
         growing.finish(number)
+    return growing
 
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+
+def publish_until_killed(growing: GrowingOutput, killed_before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kill comes before the last rename (the journal's is the one before), or before some file is removed."""
+    names = [str(number) for number in range(len(growing.parts))]
+    kind, _, number = killed_before.partition(" ")
+    real = os.replace if kind == "rename" else Path.unlink
+    num_calls = 0
+
+    def until_killed(*args: Any, **options: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == int(number or 2):
+            raise KeyboardInterrupt
+        return real(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "unlink", killed)
+        if kind == "rename":
+            patch.setattr(os, "replace", until_killed)
+        else:
+            patch.setattr(Path, "unlink", until_killed)
         growing.publish(names)
-    release(growing)
-    published = output.read_bytes()
+    growing.close()
+
+
+@pytest.mark.parametrize("num_models", [1, 2])
+@pytest.mark.parametrize("killed_before", KILLED_BEFORE)
+def test_after_a_kill_while_publishing_nothing_is_scored_again(
+    tmp_path: Path, num_models: int, killed_before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "o"
+    publish_until_killed(finished(output, num_models), killed_before, monkeypatch)
+    assert output.exists() == (killed_before != "rename")
+    published = output.read_bytes() if output.exists() else None
     again = GrowingOutput(output, SETTINGS, num_models)
-    for number, part in enumerate(again.parts):
-        if not part.is_whole:
-            again.append(number, [line(0)], Tally(), num_done=1)
-    again.publish(names)
-    release(again)
-    assert output.read_bytes() == published
+    assert again.is_published == (published is not None)
+    assert all(part.is_whole and part.tally.counts == {"lines": 1} for part in again.parts)
+    again.publish([str(number) for number in range(num_models)])
+    again.close()
+    assert len(output.read_text().splitlines()) == 1
+    assert published in (None, output.read_bytes())
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+@pytest.mark.parametrize("change", ["settings", "output"])
+def test_an_output_in_place_is_taken_for_done_only_by_the_same_command_and_unchanged(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "o"
+    publish_until_killed(finished(output, 1), "unlink 2", monkeypatch)
+    if change == "output":
+        output.write_text("edited")
+    again = GrowingOutput(output, SETTINGS | {"tokens": change == "settings"}, 1)
+    assert not again.is_published and not again.parts[0].num_done
+    again.close()
+
+
+def test_neither_a_file_of_the_user_nor_a_run_that_holds_the_lock_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "o.tmp").write_text("mine")
+    running = finished(tmp_path / "o", 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "o.partial-1").rename(tmp_path / "aside")  # as in the moment after its rename
+    check_writable(tmp_path / "o")
+    with pytest.raises(ClusterError, match="another process"):
+        GrowingOutput(tmp_path / "o", SETTINGS, 2)
+    (tmp_path / "aside").rename(tmp_path / "o.partial-1")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    running.publish(["a", "b"])
+    running.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"o", "o.tmp"}
+    assert (tmp_path / "o.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize("num_models", [1, 2])
+def test_a_name_that_is_no_unicode_is_written_as_its_escape(tmp_path: Path, num_models: int) -> None:
+    growing = GrowingOutput(tmp_path / "o", SETTINGS, num_models)
+    for number in range(num_models):
+        growing.append(number, [line(0) | {"source": "caf\udce9"}], Tally(), num_done=1)
+    growing.publish([str(number) for number in range(num_models)])
+    growing.close()
+    assert json.loads((tmp_path / "o").read_bytes())["source"] == "caf\udce9"

@@ -118,6 +118,18 @@ def test_find_by_name(tmp_path: Path) -> None:
         checkpoint.find(tmp_path, "newest")
 
 
+def test_a_best_checkpoint_that_is_gone_gives_way_to_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 3):
+        make(tmp_path, step)
+    checkpoint.mark_best(tmp_path, TrainState(step=3, heldout_nll_best=1.5, heldout_best_step=1))
+    assert checkpoint.find(tmp_path, "best-or-last").step == 3
+    assert "the best checkpoint (step 1) is gone" in capsys.readouterr().err
+    with pytest.raises(StorageError, match="step-00000001"):
+        checkpoint.find(tmp_path, "best")
+
+
 def test_eviction_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in range(1, 6):
         make(tmp_path, step)

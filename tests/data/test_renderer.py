@@ -1,0 +1,37 @@
+"""What a tokenizer folder and a template may do without harm to what is encoded and refused."""
+
+from pathlib import Path
+
+import pytest
+
+from sft_dist.config import ModelConfig
+from sft_dist.data.conversation import RecordError
+from sft_dist.data.renderer import Renderer, load_tokenizer
+from tests.helpers.models import build_tokenizer
+
+
+def test_truncation_and_padding_of_a_saved_tokenizer_are_off(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    text = "What is the capital of France? " * 10
+    expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=1000)
+    tokenizer.save_pretrained(tmp_path)
+    assert '"max_length": 4' in (tmp_path / "tokenizer.json").read_text()
+    renderer = Renderer(load_tokenizer(ModelConfig(path=str(tmp_path))), None)
+    for backend in (renderer.tokenizer.backend_tokenizer, renderer.middle_backend, renderer.plain_backend):
+        assert backend.encode(text, add_special_tokens=False).ids == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // (messages | length - 1) }}",
+        "{{ 2.0 ** 99999 }}",
+        "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}",
+    ],
+)
+def test_whatever_a_template_stumbles_on_refuses_the_record(template: str) -> None:
+    renderer = Renderer(build_tokenizer(), template)
+    with pytest.raises(RecordError, match="template error"):
+        renderer.apply([{"role": "user", "content": "hi"}], generation_prompt=False)
