@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "prepare.json")
     options = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
+    cores, load_before = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "template.jinja").write_text(TEMPLATE)
@@ -63,10 +63,11 @@ def main() -> None:
             runs[f"times {times}"] = compare(data, place, options.trl_python, cores, options.repeats)
         result = {
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", *map(str, sys.argv)]),
+            "command": f"python benchmarks/prepare.py --data {options.data.name} --model {options.model.name} "
+            f"--trl-python … --times {options.times} --repeats {options.repeats}",
             "cores": cores,
             "cpu": cpu_name(),
-            "load_average_at_end": os.getloadavg()[0],
+            "load_average": {"before": load_before, "after": os.getloadavg()[0]},
             "python": platform.python_version(),
             "versions": versions(options.trl_python),
             "max_length": MAX_LENGTH,
