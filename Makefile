@@ -1,5 +1,5 @@
 # make setup   .venv with the pinned dependencies; instant when nothing changed
-# make check   lint, types and fast tests, in under a minute
+# make check   lint, types and fast tests, in about two minutes
 # make test    every test
 # make demo    the main job on a small real model: all GPUs there are, else two CPU ranks; within 10 minutes
 #              MODEL=, TRAIN= and HELDOUT= (folder, file or Hub id) put your own in place of the demo's

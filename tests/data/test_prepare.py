@@ -205,7 +205,7 @@ def test_details_with_broken_text_are_listed_all_the_same(tmp_path: Path, model:
     assert dataset.manifest["num_refused"] == {"unknown format": 1}
     [line] = (dataset.folder / "refused.jsonl").read_text().splitlines()
     assert "\\ud800" in json.loads(line)["detail"].encode().decode(), "it can be written anywhere"
-    refused = {"train": Selection(dataset, policy(RunConfig(run_dir="x", model=model)))}
+    refused = {"train": Selection(dataset, policy(RunConfig(run_dir="x", model=model), ()))}
     write_left_out(refused, tmp_path / "left_out.jsonl")
     assert json.loads((tmp_path / "left_out.jsonl").read_text())["reason"] == "unknown format"
     assert "\\ud800" in describe(dataset, RunConfig(run_dir="x", model=model)).encode().decode()
