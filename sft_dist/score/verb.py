@@ -36,6 +36,7 @@ from sft_dist.session import close_session, for_people, open_session, print_from
 BLOCK_ITEMS = 2_048
 _ANSWERS = ("assistant", "text")
 _SAY_EVERY_S = 2.0
+_SIGNAL_COMES_S = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -68,6 +69,8 @@ def run(
         told = for_people(error)
         if told is error:
             raise
+        # A signal to all ranks reaches one first; ours, if there is one, says better why we leave.
+        time.sleep(_SIGNAL_COMES_S)
         raise told from error
     close_session()
     return ExitCode.DONE
