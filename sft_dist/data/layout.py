@@ -219,13 +219,16 @@ def _boundary(work: _Renders, text: str, number: int, low: int, answers: dict[in
         own = answers[number].start if number in answers else work.start_of_content(number, text)
     except RecordError:
         return low
+    # Never beyond the next answer: its words may repeat those of the message before this one.
+    limit = min((answer.start for turn, answer in answers.items() if turn >= number), default=len(text))
+    own = min(own, limit)
     said = "" if number - 1 in answers else (work.messages[number - 1].content or "").strip()
     at = text.rfind(said, low, own) if low <= own else -1
-    at = text.find(said, low) if at < 0 else at
+    at = text.find(said, low, limit) if at < 0 else at
     if said and at >= 0:
         low = at + len(said)
     if own < low:  # the template has moved it to another place, such as the first system message
-        own = next((match.end() for match in work.renderer.matches_of_control(text, low)), low)
+        own = next((match.end() for match in work.renderer.matches_of_control(text, low, limit)), low)
     controls = list(work.renderer.matches_of_control(text, low, own))
     # The rendering of what comes before may end in a mark of its own, such as an eos at the end of a conversation.
     parted = common_length(before or "", text)
@@ -330,11 +333,11 @@ def _is_answer(renderer: Renderer, message: Message, body: str) -> bool:
         found = renderer.between_marks(renderer.without_channels(body))
         return found == expected
     at = 0
-    for part in parts:
-        at = body.find(part.strip(), at)
+    for piece in (piece for part in parts for piece in renderer.between_marks(part)):
+        at = body.find(piece, at)
         if at < 0:
             return False
-        at += len(part.strip())
+        at += len(piece)
     places = [0]
     for call in message.tool_calls:
         at = body.find(call.name, places[-1])
