@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config import ModelConfig
-from sft_dist.data.renderer import load_tokenizer
+from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError, ExitCode, StorageError
 from sft_dist.train import rundir
 from sft_dist.train.checkpoint import Checkpoint, find

@@ -6,7 +6,8 @@ from typing import Any
 
 from sft_dist.config import DataConfig, ModelConfig
 from sft_dist.data.conversation import RecordError
-from sft_dist.data.renderer import Renderer, load_tokenizer, template_text
+from sft_dist.data.renderer import Renderer
+from sft_dist.data.tokenizer import load_tokenizer, template_text
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.train import checkpoint as checkpoints
 from sft_dist.train import rundir

@@ -66,7 +66,7 @@ def compare_context(
     decode = renderer.tokenizer.backend_tokenizer.decode
     if decode(ours, skip_special_tokens=False) != decode(expected, skip_special_tokens=False):
         return DIFFERENT, expected
-    if not isinstance(record, Tokens) and renderer.marks_in("\n".join(texts_of(asdict(record)))):
+    if not isinstance(record, Tokens) and renderer.marks.found_in("\n".join(texts_of(asdict(record)))):
         return STAYS_TEXT, expected
     earlier = [other.output_start for other in sample.spans if other.turn and other.message < span.message]
     return (CUT if _differ_only_at(ours, expected, earlier) else DIFFERENT), expected
@@ -85,7 +85,7 @@ def answer_fault(renderer: Renderer, message: Message, sample: Sample, span: Spa
     if not output or output[-1] not in renderer.control_ids:
         return f"does not end in a control token: {decoded[-60:]!r}"
     written = [message.content or "", message.reasoning or "", *(call.name for call in message.tool_calls)]
-    lost = [piece for text in written for piece in renderer.between_marks(text) if piece not in decoded]
+    lost = [piece for text in written for piece in renderer.marks.between(text) if piece not in decoded]
     return f"{lost[0][:60]!r} is not in {decoded[:60]!r}" if lost else None
 
 

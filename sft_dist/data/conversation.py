@@ -192,3 +192,8 @@ def _check_message(message: Message, number: int) -> None:
         raise RecordError("not an assistant", f"message {number} ({message.role}) has tool calls or reasoning")
     elif message.content is None:
         raise RecordError("no text", f"message {number} ({message.role}): content is null")
+
+
+def short(text: str) -> str:
+    """A text as errors quote it."""
+    return repr(text if len(text) <= 60 else text[:40] + " … " + text[-15:])

@@ -8,18 +8,13 @@ conversation takes several texts, and each message is owned by one of them.
 
 import json
 import os.path
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from sft_dist.data.conversation import Conversation, Message, RecordError, ToolCall, texts_of
+from sft_dist.data.answers import answer_ends
+from sft_dist.data.conversation import Conversation, RecordError, short
+from sft_dist.data.escaping import OTHER_TEXT, escape, mapped, without_edges
 from sft_dist.data.renderer import Renderer
-
-# Stand-ins for control-token text inside messages while the template runs: the private-use planes 15 and 16.
-_STAND_IN_BASES = (0xF0000, 0x100000)
-_STAND_INS_PER_BASE = 0xFFFE
-_NO_MARK = chr(_STAND_IN_BASES[1] + _STAND_INS_PER_BASE - 1)  # a character that no mark has
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +49,7 @@ class _Turn:
 def lay_out(renderer: Renderer, conversation: Conversation) -> list[Layout]:
     """All texts of a conversation. Raises RecordError where the template loses or changes what was written."""
     _check_tools(renderer, conversation)
-    escaped, stand_ins = _without_control_text(renderer, conversation)
+    escaped, stand_ins = escape(renderer.marks, conversation)
     work = _Renders(renderer, escaped)
     turns = [_turn(work, number) for number, m in enumerate(escaped.messages) if m.role == "assistant"]
     layouts: list[Layout] = []
@@ -98,21 +93,21 @@ def _check_control_text_is_only_text(renderer: Renderer, conversation: Conversat
             at = common_length(shown, rendered)
             raise RecordError(
                 "control text",
-                f"the template takes what a message says for its own syntax: …{_short(shown[max(at - 20, 0) :])}",
+                f"the template takes what a message says for its own syntax: …{short(shown[max(at - 20, 0) :])}",
             )
 
 
 def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Sequence[Layout]) -> None:
     """No text of a message may make a mark together with its surroundings, as `/s` does between `<` and `>`."""
-    mark = renderer.mark_pattern
+    mark = renderer.marks.pattern
     if mark is None:
         return
 
     def without_parts(text: str) -> str:
         marks = [*mark.findall(text), ""]
-        return "".join(_without_edges(renderer, said) + m for said, m in zip(mark.split(text), marks, strict=True))
+        return "".join(without_edges(renderer.marks, said) + m for said, m in zip(mark.split(text), marks, strict=True))
 
-    twin = _mapped(escaped, without_parts, without_parts)
+    twin = mapped(escaped, without_parts, without_parts)
     if twin == escaped:
         return
     work = _Renders(renderer, twin)
@@ -122,15 +117,6 @@ def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Seq
             raise RecordError(
                 "control text", "what a message says becomes a control token between the template's words"
             )
-
-
-def escape_text(renderer: Renderer, text: str) -> tuple[str, dict[str, str]]:
-    """A plain text with stand-ins for all that looks like a control or markup token, and what they stand for."""
-    stand_in_of = _stand_ins(renderer, text)
-    if not stand_in_of:
-        return text, {}
-    escaped = _pattern_of(stand_in_of).sub(lambda match: stand_in_of[match.group()], text)
-    return escaped, {character: written for written, character in stand_in_of.items()}
 
 
 class _Renders:
@@ -155,7 +141,7 @@ class _Renders:
 
     def start_of_content(self, number: int, text: str) -> int:
         """Where the content of a message begins in a text that goes on with it: where another content would differ."""
-        other = self.plain[number] | {"content": chr(_STAND_IN_BASES[1] + _STAND_INS_PER_BASE)}
+        other = self.plain[number] | {"content": OTHER_TEXT}
         rendered = self.renderer.apply([*self.plain[:number], other], self.tools, generation_prompt=False)
         return common_length(rendered, text)
 
@@ -166,9 +152,11 @@ def _turn(work: _Renders, number: int) -> _Turn:
         raise RecordError(
             "template contradicts itself",
             f"message {number + 1}: the prompt for it is not how its own rendering begins, so no answer of the model "
-            f"could look like it: the prompt ends in {_short(header[-60:])}",
+            f"could look like it: the prompt ends in {short(header[-60:])}",
         )
-    return _Turn(number, header, text, _answer_ends(work, number, len(header), text))
+    return _Turn(
+        number, header, text, answer_ends(work.renderer.marks, work.messages[number], number, len(header), text)
+    )
 
 
 def _chains(turns: Sequence[_Turn]) -> Iterator[list[tuple[_Turn, Answer]]]:
@@ -228,8 +216,8 @@ def _boundary(work: _Renders, text: str, number: int, low: int, answers: dict[in
     if said and at >= 0:
         low = at + len(said)
     if own < low:  # the template has moved it to another place, such as the first system message
-        own = next((match.end() for match in work.renderer.matches_of_control(text, low, limit)), low)
-    controls = list(work.renderer.matches_of_control(text, low, own))
+        own = next((match.end() for match in work.renderer.marks.control_in(text, low, limit)), low)
+    controls = list(work.renderer.marks.control_in(text, low, own))
     # The rendering of what comes before may end in a mark of its own, such as an eos at the end of a conversation.
     parted = common_length(before or "", text)
     parted = next((match.start() for match in controls if match.start() < parted < match.end()), parted)
@@ -261,7 +249,7 @@ def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tu
             return start, start
     raise RecordError(
         "template drops a message",
-        f"message {number + 1} ({work.messages[number].role}) is not in the rendered text: {_short(written)}",
+        f"message {number + 1} ({work.messages[number].role}) is not in the rendered text: {short(written)}",
     )
 
 
@@ -283,94 +271,6 @@ def _check_nothing_is_hidden(work: _Renders, first: int, end: int) -> None:
             )
 
 
-def _answer_ends(work: _Renders, number: int, start: int, text: str) -> tuple[int, ...]:
-    """Ends of the stop token: after a control token behind all that the author wrote. Raises RecordError if none."""
-    message, controls = work.messages[number], work.renderer.control_texts
-    matches = list(work.renderer.matches_of_control(text, start))
-    for place, match in enumerate(matches):
-        if not _is_answer(work.renderer, message, text[start : match.start()]):
-            continue
-        if message.tool_calls:
-            # The syntax of calls may close with several control tokens; the last one is the stop token.
-            return (matches[-1].end(),)
-        end = match.end()
-        for following in matches[place + 1 :]:
-            if following.start() != end:
-                break
-            end = following.end()
-        return tuple(dict.fromkeys((end, match.end())))
-    rendered = text[start:]
-    if not matches:
-        example = f"; of the tokenizer's control tokens {', '.join(controls[:3])} could do" if controls else ""
-        raise RecordError(
-            "no stop token",
-            f"message {number + 1}: the template puts no control token after the answer ({_short(rendered)}), so the "
-            "model would not learn to stop: end assistant messages with eos_token in the template, or name the "
-            f"template's own end marker in model.control_tokens{example}",
-        )
-    if message.reasoning and message.reasoning.strip() not in rendered:
-        raise RecordError(
-            "template drops a message", f"message {number + 1}: the template does not write the reasoning of the answer"
-        )
-    raise RecordError(
-        "template changes the answer",
-        f"message {number + 1}: written {_short(message.content or '')}, rendered {_short(rendered)}",
-    )
-
-
-def _is_answer(renderer: Renderer, message: Message, body: str) -> bool:
-    """Whether a rendered output is what was written.
-
-    Without tool calls: the same text but for white space around its parts, between nothing but tokens of the template
-    (an empty <think></think>, the name of a channel between two control tokens); words of its own it may not add.
-    With them the syntax is the template's: reasoning, then content; every name in its order; every argument.
-    """
-    parts = [message.reasoning or "", message.content or ""]
-    if not message.tool_calls:
-        if not message.reasoning and body.strip() == parts[1].strip():
-            return True
-        expected = [piece for part in parts for piece in renderer.between_marks(part)]
-        found = renderer.between_marks(renderer.without_channels(body))
-        return found == expected
-    at = 0
-    for piece in (piece for part in parts for piece in renderer.between_marks(part)):
-        at = body.find(piece, at)
-        if at < 0:
-            return False
-        at += len(piece)
-    places = [0]
-    for call in message.tool_calls:
-        at = body.find(call.name, places[-1])
-        if at < 0:
-            return False
-        places.append(at + len(call.name))
-    # The arguments of a call lie between the names of its neighbours, before or behind its own name.
-    ends = [*(end - len(call.name) for end, call in zip(places[2:], message.tool_calls[1:], strict=True)), len(body)]
-    return all(
-        _is_shown(leaf, body[begin:end])
-        for call, begin, end in zip(message.tool_calls, places[:-1], ends, strict=True)
-        for leaf in _leaves(call.arguments)
-    )
-
-
-def _is_shown(leaf: str, body: str) -> bool:
-    forms = (leaf, json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1])
-    return any(form in body for form in forms)
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Keys and values of a tree of arguments as they appear in text."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value if isinstance(value, str) else json.dumps(value)
-
-
 def _check_tools(renderer: Renderer, conversation: Conversation) -> None:
     if conversation.tools and not renderer.shows_tools:
         raise RecordError(
@@ -381,99 +281,6 @@ def _check_tools(renderer: Renderer, conversation: Conversation) -> None:
         raise RecordError("template drops a message", "the template does not write tool calls")
 
 
-def _without_control_text(renderer: Renderer, conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
-    """Replace text that looks like a control token by single stand-in characters, everywhere.
-
-    Markup tokens (added, not special: <think>, <tool_call>) are part of what a model writes, so they stay
-    tokens in assistant messages and become text in all others.
-    """
-    stand_in_of = _stand_ins(renderer, "\n".join(_all_texts(conversation)))
-    if not stand_in_of:
-        return conversation, {}
-    everywhere = _pattern_of(stand_in_of)
-    control = [text for text in stand_in_of if text in renderer.control_texts]
-    in_answers = _pattern_of(control) if control else re.compile("(?!)")
-    escaped = _mapped(
-        conversation,
-        lambda text: in_answers.sub(lambda match: stand_in_of[match.group()], text),
-        lambda text: everywhere.sub(lambda match: stand_in_of[match.group()], text),
-    )
-    return escaped, {character: text for text, character in stand_in_of.items()}
-
-
-def _without_edges(renderer: Renderer, text: str) -> str:
-    body = text.strip()
-    if not renderer.may_join(body):
-        return text
-    return text.replace(body, f"{_NO_MARK}{body[1:-1]}{_NO_MARK}" if len(body) > 1 else _NO_MARK, 1)
-
-
-def _mapped(
-    conversation: Conversation, of_answers: Callable[[str], str], of_others: Callable[[str], str]
-) -> Conversation:
-    """A conversation with every text changed."""
-
-    def mapped(value: Any, change: Callable[[str], str]) -> Any:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, dict):
-            return {mapped(key, change): mapped(item, change) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(mapped(item, change) for item in value)
-        return value
-
-    messages = []
-    for message in conversation.messages:
-        change = of_answers if message.role == "assistant" else of_others
-        calls = tuple(
-            ToolCall(change(call.name), mapped(call.arguments, change), mapped(call.id, change))
-            for call in message.tool_calls
-        )
-        messages.append(
-            replace(
-                message,
-                content=mapped(message.content, change),
-                reasoning=mapped(message.reasoning, change),
-                tool_calls=calls,
-                name=mapped(message.name, change),
-                tool_call_id=mapped(message.tool_call_id, change),
-            )
-        )
-    return replace(conversation, messages=tuple(messages), tools=mapped(conversation.tools, of_others))
-
-
-def _stand_ins(renderer: Renderer, written: str) -> dict[str, str]:
-    """A private-use character that is not in `written` for every control or markup text that is."""
-    found = renderer.marks_in(written)
-    if not found:
-        return {}
-    base = next((b for b in _STAND_IN_BASES if not any(b <= ord(c) < b + _STAND_INS_PER_BASE for c in written)), None)
-    if base is None or len(found) > _STAND_INS_PER_BASE:
-        raise RecordError("private-use text", "it has control-token text and characters of both private-use planes")
-    return {text: chr(base + i) for i, text in enumerate(found)}
-
-
-def _pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
-
-
-def _all_texts(conversation: Conversation) -> Iterator[str]:
-    for message in conversation.messages:
-        yield message.content or ""
-        yield message.reasoning or ""
-        yield message.name or ""
-        yield message.tool_call_id or ""
-        for call in message.tool_calls:
-            yield call.name
-            yield call.id or ""
-            yield from texts_of(call.arguments)
-    yield from texts_of(conversation.tools)
-
-
 def common_length(a: str, b: str) -> int:
     """Characters that two texts share at their beginning."""
     return len(os.path.commonprefix([a, b]))  # noqa: RUF071 - of characters is what is wanted
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:40] + " … " + text[-15:])

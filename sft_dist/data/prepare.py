@@ -42,11 +42,8 @@ _NAMED_RANKS = 10
 # Roughly what one process renders, and how long new ones take to start: whether they pay.
 _BYTES_PER_S = 1e6
 _WORKERS_START_S = 1.5
-# Modules beside this one that decide what a record becomes.
-_DECISIVE = (
-    *("records", "messages", "parsing", "readers", "formats", "conversation"),
-    *("layout", "renderer", "rendering", "sample", "store"),
-)
+# Modules of this folder that do not decide what a record becomes; all others are in the key of what they made.
+_INDIFFERENT = ("prepare", "partial", "workers", "progress", "manifest", "packing", "plan", "selection", "comparison")
 
 Task = tuple[int, list[Row]]  # number of the chunk, its records
 
@@ -119,7 +116,8 @@ def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]]) -> str:
 def _code_version() -> list[str]:
     """Of all code that decides what a record becomes: what other code prepared must not be taken for ours."""
     folder = Path(__file__).parent
-    own = hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in _DECISIVE))
+    decisive = sorted(path for path in folder.glob("*.py") if path.stem not in _INDIFFERENT)
+    own = hashlib.sha256(b"".join(path.read_bytes() for path in decisive))
     return [own.hexdigest(), version("transformers"), version("tokenizers")]
 
 

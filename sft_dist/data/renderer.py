@@ -1,7 +1,7 @@
-"""A tokenizer and a chat template: what a model folder says about how conversations become tokens.
+"""A tokenizer and a chat template together: how conversations become text, and text becomes tokens.
 
-Loads them with errors that name what is missing, and derives what rendering needs: which ids control, which texts
-look like control, how text in the middle of a sequence is encoded, what the template does with tools.
+Runs the template, and derives what rendering needs: which ids control, how text in the middle of a sequence is
+encoded, what the template does with tools and with today.
 """
 
 import datetime
@@ -9,9 +9,8 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 
 from sft_dist.config import DataConfig, ModelConfig
 from sft_dist.data.conversation import Message, RecordError
+from sft_dist.data.marks import Marks
+from sft_dist.data.tokenizer import load_tokenizer, template_text
 from sft_dist.errors import ConfigError
-
-TEMPLATES_DIR = Path(__file__).parent / "templates"
 
 # Templates ask for today with strftime_now("%d %b %Y"): a macro of that name answers with data.date instead.
 _TODAY_MACRO = (
@@ -60,8 +59,9 @@ class Renderer:
         self.control_ids = frozenset(i for i, token in added.items() if token.special) | frozenset(
             tokenizer.all_special_ids
         )
-        self.control_texts = tuple(sorted({added[i].content for i in self.control_ids if i in added}))
-        self.markup_texts = tuple(sorted({token.content for i, token in added.items() if i not in self.control_ids}))
+        control = [token.content for i, token in added.items() if i in self.control_ids]
+        markup = [token.content for i, token in added.items() if i not in self.control_ids]
+        self.marks = Marks(control, markup, template or "")
         self._date = date or DataConfig().date
         self._kwargs = dict(template_kwargs or {})
         self.asks_for_today = "strftime_now" in (template or "")
@@ -106,82 +106,6 @@ class Renderer:
         return spec
 
     @cached_property
-    def control_pattern(self) -> re.Pattern[str] | None:
-        return _any_of(self.control_texts)
-
-    def matches_of_control(self, text: str, begin: int, end: int | None = None) -> Iterator[re.Match[str]]:
-        """Control tokens in a part of a text, in order."""
-        if self.control_pattern is None:
-            return iter(())
-        return self.control_pattern.finditer(text, begin, len(text) if end is None else end)
-
-    @cached_property
-    def mark_pattern(self) -> re.Pattern[str] | None:
-        """Texts of control and markup tokens."""
-        return _any_of((*self.control_texts, *self.markup_texts))
-
-    def may_join(self, text: str) -> bool:
-        """Whether a text may be part of a mark: it ends in the beginning of one, begins with an end, or is inside."""
-        beginnings, ends, longest = self._parts_of_marks
-        if not text or not longest:
-            return False
-        # The sets are a quick test: most texts hold none of these characters near their edges.
-        return (
-            (not self._edges_of_marks[0].isdisjoint(text[-longest:]) and text.endswith(beginnings))
-            or (not self._edges_of_marks[1].isdisjoint(text[:longest]) and text.startswith(ends))
-            or (len(text) < longest and text in "\0".join(self.control_texts + self.markup_texts))
-        )
-
-    @cached_property
-    def _parts_of_marks(self) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-        marks = self.control_texts + self.markup_texts
-        beginnings = {mark[:end] for mark in marks for end in range(1, len(mark))}
-        ends = {mark[start:] for mark in marks for start in range(1, len(mark))}
-        return tuple(beginnings), tuple(ends), max(map(len, marks), default=0)
-
-    @cached_property
-    def _edges_of_marks(self) -> tuple[frozenset[str], frozenset[str]]:
-        marks = [mark for mark in self.control_texts + self.markup_texts if mark]
-        return frozenset(mark[0] for mark in marks), frozenset(mark[-1] for mark in marks)
-
-    def marks_in(self, text: str) -> list[str]:
-        """Texts of control and markup tokens that occur in a text."""
-        if not any(beginning in text for beginning in self._mark_beginnings):
-            return []
-        return [mark for mark in self.control_texts + self.markup_texts if mark and mark in text]
-
-    def between_marks(self, text: str) -> list[str]:
-        """What a text says between control tokens, markup tokens and tags, without white space around it."""
-        pieces = [text] if self._mark_pattern is None else self._mark_pattern.split(text)
-        return [piece.strip() for piece in pieces if piece.strip()]
-
-    def without_channels(self, text: str) -> str:
-        """Without words that the template itself writes between two control tokens (<|channel|>final<|message|>)."""
-        for framed, marks in self._channels:
-            text = text.replace(framed, marks)
-        return text
-
-    @cached_property
-    def _mark_beginnings(self) -> frozenset[str]:
-        """A quick test: most texts hold none of them."""
-        return frozenset(mark[:2] for mark in self.control_texts + self.markup_texts if mark)
-
-    @cached_property
-    def _mark_pattern(self) -> re.Pattern[str] | None:
-        # A tag that the template writes is a mark as well, also where the tokenizer has no token for it.
-        tags = re.findall(r"</?[\w|]+>", self.template or "")
-        return _any_of((*self.control_texts, *self.markup_texts, *tags))
-
-    @cached_property
-    def _channels(self) -> list[tuple[str, str]]:
-        if self.control_pattern is None or self.template is None:
-            return []
-        control = self.control_pattern.pattern
-        found = re.findall(f"(?=(({control})\\w+({control})))", self.template)
-        # Neighbours share a control token, so the longest chain of frames is what is replaced first.
-        return sorted({(framed, first + last) for framed, first, last in found}, key=lambda pair: -len(pair[0]))
-
-    @cached_property
     def byte_lengths(self) -> NDArray[np.int32] | None:
         """int32 [vocabulary]: bytes of text behind each id; None where the tokenizer is not byte-level."""
         if self._middle_spec["decoder"] is None or self._middle_spec["decoder"]["type"] != "ByteLevel":
@@ -207,7 +131,7 @@ class Renderer:
     def section_start(self) -> re.Pattern[str] | None:
         """The added token before every section that gets a space at its start (Llama 2, T5); None: none does."""
         mark, backend = self.tokenizer.eos_token, self.tokenizer.backend_tokenizer
-        if mark is None or self.mark_pattern is None:
+        if mark is None or self.marks.pattern is None:
             return None
         shown = [
             backend.decode(backend.encode(mark + text, add_special_tokens=False).ids, skip_special_tokens=False)
@@ -216,7 +140,7 @@ class Renderer:
         if shown[0] != f"{mark} x":
             return None
         unless_space = "" if shown[1] == f"{mark}  x" else "(?! )"
-        added = self.mark_pattern.pattern
+        added = self.marks.pattern.pattern
         return re.compile(f"(?:{added})(?!{added}|\\Z){unless_space}")
 
     @cached_property
@@ -356,62 +280,6 @@ def load_renderer(model: ModelConfig, data: DataConfig) -> Renderer:
     tokenizer = load_tokenizer(model)
     template = template_text(tokenizer, data.chat_template)
     return Renderer(tokenizer, template, date=data.date, template_kwargs=data.template_kwargs)
-
-
-def load_tokenizer(model: ModelConfig) -> Any:
-    """The tokenizer of a model folder or Hub id, with model.control_tokens. Raises ConfigError for what is missing."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model.path: {model.path}: no tokenizer can be loaded from there: {first_line}") from error
-    if not tokenizer.vocab_size:
-        # Without any tokenizer file transformers makes an empty one in silence.
-        raise ConfigError(f"model.path: {model.path}: no tokenizer there (an empty vocabulary); its files are missing")
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model.path: {model.path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
-    if tokenizer.eos_token is None:
-        raise ConfigError(f"model.path: {model.path}: its tokenizer names no eos_token, so no answer could end")
-    # What tokenizer.json says about lengths would cut or fill every text that is encoded here.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    _make_special(tokenizer, model.control_tokens)
-    return tokenizer
-
-
-def _make_special(tokenizer: Any, texts: Sequence[str]) -> None:
-    """Add control tokens that a tokenizer lacks, in this order; those it has get special where they are not yet."""
-    for text in texts:
-        if not text or text != text.strip() or text != text.encode("utf-8", "replace").decode():
-            raise ConfigError(
-                f"model.control_tokens: {text!r} is empty, has white space around it or is not valid Unicode; write "
-                "the token exactly as the chat template does"
-            )
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= set(tokenizer.all_special_tokens)
-    if wanted := [text for text in dict.fromkeys(texts) if text not in special]:
-        tokenizer.add_special_tokens({"additional_special_tokens": wanted}, False)  # False: beside those it has
-
-
-def template_text(tokenizer: Any, chat_template: str | None) -> str | None:
-    """The template given, else the tokenizer's, if any. Raises ConfigError for a file that cannot be read."""
-    if chat_template is not None:
-        path = TEMPLATES_DIR / f"{chat_template}.jinja" if chat_template == "chatml" else Path(chat_template)
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.chat_template: {chat_template}: cannot be read: {error}") from None
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return str(template) if template else None
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(filter(None, texts), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _without_prefix_space(stage: Any) -> Any:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.data.conversation import Conversation, Record, RecordError, Text, Tokens, digest
-from sft_dist.data.layout import Answer, Layout, as_written, common_length, escape_text, lay_out
+from sft_dist.data.escaping import escape_text
+from sft_dist.data.layout import Answer, Layout, as_written, common_length, lay_out
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
 
@@ -59,7 +60,7 @@ def _layouts(renderer: Renderer, record: Record) -> list[Layout]:
 
 
 def _text_layout(renderer: Renderer, text: str) -> Layout:
-    escaped, stand_ins = escape_text(renderer, text)
+    escaped, stand_ins = escape_text(renderer.marks, text)
     return Layout(escaped, (0, len(escaped)), {}, {}, stand_ins)
 
 
@@ -170,7 +171,7 @@ def _pieces(renderer: Renderer, layout: Layout) -> list[_Piece]:
         elif begin == 0:
             pieces.append(_Piece(begin, text, "sections"))
         else:
-            mark = renderer.section_start and renderer.mark_pattern and renderer.mark_pattern.search(text)
+            mark = renderer.section_start and renderer.marks.pattern and renderer.marks.pattern.search(text)
             at = mark.start() if mark else len(text)
             pieces += [_Piece(begin, text[:at], "middle")] if at else []
             pieces += [_Piece(begin + at, text[at:], "sections")] if mark else []

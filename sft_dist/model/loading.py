@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sft_dist.config import ModelConfig
-from sft_dist.data.renderer import load_tokenizer
+from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError
 from sft_dist.model import attention, zero
 

@@ -6,7 +6,8 @@ import pytest
 
 from sft_dist.config import ModelConfig
 from sft_dist.data.conversation import RecordError
-from sft_dist.data.renderer import Renderer, load_tokenizer
+from sft_dist.data.renderer import Renderer
+from sft_dist.data.tokenizer import load_tokenizer
 from tests.helpers.models import build_tokenizer
 
 

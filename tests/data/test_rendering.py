@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sft_dist.data.conversation import Conversation, Message, RecordError, Text, Tokens, ToolCall
-from sft_dist.data.renderer import TEMPLATES_DIR, Renderer
+from sft_dist.data.renderer import Renderer
 from sft_dist.data.rendering import render
 from sft_dist.data.sample import Sample
+from sft_dist.data.tokenizer import TEMPLATES_DIR
 from tests.helpers.models import CHATML, build_tokenizer
 from tests.helpers.samples import select
 

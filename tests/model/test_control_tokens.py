@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist.config import ModelConfig
-from sft_dist.data.renderer import load_tokenizer
+from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError
 from sft_dist.model import loading
 from tests.helpers.bare import CHATML_TOKENS, build_bare_model
