@@ -1,9 +1,7 @@
 """Scores of given candidate answers to one prompt: p(y | x) of each, the prompt computed once.
 
-A record is {"prompt": text or messages, "candidates": [text, …]} with an optional "id" and "tools". Each candidate is
-rendered as the conversation that ends with it, by the code that renders every other conversation, so that its tokens
-and spans are verified alike. Where the tokens before the answer are the same for all candidates (they are, unless a
-template looks ahead), the candidates branch off one prompt; otherwise each is computed on its own.
+The records are those of score/questions.py. Where the tokens before the answer are the same for all candidates
+(they are, unless a template looks ahead), the candidates branch off one prompt; otherwise each is computed on its own.
 """
 
 import hashlib
@@ -17,13 +15,7 @@ import numpy as np
 
 from sft_dist.config import DataConfig, SourceConfig
 from sft_dist.data import formats
-from sft_dist.data.conversation import Record, RecordError, check_text
-from sft_dist.data.formats import Row
-from sft_dist.data.parsing import parse
-from sft_dist.data.records import convert
 from sft_dist.data.renderer import Renderer
-from sft_dist.data.rendering import render
-from sft_dist.data.sample import Int32
 from sft_dist.distributed import collectives
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.model import probe
@@ -31,6 +23,7 @@ from sft_dist.model.attention import SPLIT
 from sft_dist.model.batch import Tree, collate_trees
 from sft_dist.model.engine import Engine
 from sft_dist.score.forwards import Layout, Logprobs, logprobs
+from sft_dist.score.questions import Question, Rendered, read_questions, render_question
 from sft_dist.score.summary import Tally
 from sft_dist.score.tokens import TokenTexts
 from sft_dist.train.evaluate import turn_logprobs
@@ -38,38 +31,6 @@ from sft_dist.train.evaluate import turn_logprobs
 _NAMED_FAULTS = 10
 # Of a prompt, when the tree layout is checked against the model's own forward.
 _PROBED_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt and the candidate answers to it, or what is wrong with the record."""
-
-    row: Row
-    id: str
-    prompt: tuple[Any, ...] = ()  # messages as the record has them
-    tools: Any = None
-    candidates: tuple[str, ...] = ()
-    fault: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """The tokens of a question: one prompt for all candidates, or one for each."""
-
-    prompts: tuple[Int32, ...]
-    outputs: tuple[Int32, ...]  # content and stop token of each candidate
-
-    @property
-    def is_shared(self) -> bool:
-        return len(self.prompts) == 1
-
-    def prompt(self, candidate: int) -> Int32:
-        return self.prompts[0 if self.is_shared else candidate]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt and answer together."""
-        return max(len(self.prompt(number)) + len(output) for number, output in enumerate(self.outputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,34 +52,6 @@ class _Item:
     question: int  # number in the block
     first_candidate: int
     tree: Tree
-
-
-def is_candidates(sources: Sequence[SourceConfig]) -> bool:
-    """Whether the first record of the sources has candidates. Raises DataError where only some sources do."""
-    kinds = {source.path: _has_candidates(source) for source in sources}
-    if len(set(kinds.values())) > 1:
-        with_them, without = ([path for path, has in kinds.items() if has is kind] for kind in (True, False))
-        raise DataError(
-            f"{', '.join(with_them)}: the first record has `candidates`; that of {', '.join(without)} has not; "
-            "score prompts with candidates and conversations apart"
-        )
-    return any(kinds.values())
-
-
-def _has_candidates(source: SourceConfig) -> bool:
-    try:
-        return any("candidates" in _fields(row) for row in islice(_read_rows(source), 1))
-    except RecordError:
-        return False
-
-
-def _read_rows(source: SourceConfig, first_index: int = 0) -> Iterator[Row]:
-    """Rows of a source whose format need not be told: it is none of those that can be trained on."""
-    return formats.read_rows(source.model_copy(update={"format": "messages"}), first_index)
-
-
-def _fields(row: Row) -> dict[str, Any]:
-    return parse(row.payload, row.path, row.place)
 
 
 class Candidates:
@@ -145,7 +78,7 @@ class Candidates:
         self.identity = {"data": self._data_identity(), "roles": "candidates"}
         self.num_items = num_faults = 0
         faults: list[str] = []
-        for question in self._questions():
+        for question in read_questions(self._sources):
             self.num_items += 1
             if question.fault is not None:
                 num_faults += 1
@@ -170,7 +103,7 @@ class Candidates:
         questions: list[Question] = []
         num_candidates = 0
         # Records that were added meanwhile are not asked for: ranks that see them would be alone.
-        for question in islice(self._questions(), first, self.num_items):
+        for question in islice(read_questions(self._sources), first, self.num_items):
             questions.append(question)
             num_candidates += max(len(question.candidates), 1)
             if num_candidates >= num_items:
@@ -185,7 +118,7 @@ class Candidates:
 
     def check(self, engine: Engine, block: Block) -> str | None:
         """Raise ConfigError unless candidates on one prompt score as the model's own forward does. A collective."""
-        renders = (_attempt(self._renderer, question) for question in block.questions)
+        renders = (render_question(self._renderer, question) for question in block.questions)
         rendered = next((r for r in renders if isinstance(r, Rendered) and r.longest <= self._max_length), None)
         if rendered is None:
             return None
@@ -249,13 +182,6 @@ class Candidates:
         reasons = {name: tally.counts[name] for name in ("too long", "bad record")}
         return {name: count for name, count in reasons.items() if count}
 
-    def _questions(self) -> Iterator[Question]:
-        index = 0
-        for source in self._sources:
-            for row in _read_rows(source, index):
-                index = row.index + 1
-                yield _question(row)
-
     def _complain(self, faults: Sequence[str]) -> None:
         if faults and not self._refuses:
             raise DataError(
@@ -279,7 +205,7 @@ class Candidates:
     def _render_together(self, questions: Sequence[Question], layout: Layout) -> list[Rendered | str]:
         """The tokens of every question, or why there are none. A collective: each rank renders its share."""
         world = layout.world
-        mine = [_attempt(self._renderer, question) for question in questions[world.rank :: world.size]]
+        mine = [render_question(self._renderer, question) for question in questions[world.rank :: world.size]]
         parts = [iter(part) for part in collectives.gather(mine)]
         rendered = [next(parts[number % world.size]) for number in range(len(questions))]
         self._complain(
@@ -356,81 +282,6 @@ class Candidates:
 def _named(faults: Sequence[str]) -> str:
     named = "\n".join(f"  {fault}" for fault in faults[:_NAMED_FAULTS])
     return named + ("\n  and more" if len(faults) > _NAMED_FAULTS else "")
-
-
-def _question(row: Row) -> Question:
-    try:
-        record = _fields(row)
-        identity = row.default_id if record.get("id") in (None, "") else str(record["id"])
-        check_text(identity, "id")
-        prompt, candidates = _prompt(record), _candidates(record)
-        question = Question(row, identity, prompt, record.get("tools"), candidates)
-        _conversation(question, candidates[0])  # messages and tools are the same for all candidates
-    except RecordError as error:
-        return Question(row, row.default_id, fault=str(error))
-    except RecursionError:
-        return Question(row, row.default_id, fault="nested too deeply: hundreds of objects and lists in each other")
-    return question
-
-
-def _prompt(record: dict[str, Any]) -> tuple[Any, ...]:
-    prompt = record.get("prompt")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not messages:
-        raise RecordError("no prompt", "`prompt` must be text or a list of messages")
-    return tuple(messages)
-
-
-def _candidates(record: dict[str, Any]) -> tuple[str, ...]:
-    candidates = record.get("candidates")
-    if not isinstance(candidates, list) or not candidates:
-        raise RecordError("no candidates", "`candidates` must be a list of one text or more")
-    for number, candidate in enumerate(candidates, start=1):
-        if not isinstance(candidate, str) or not candidate.strip():
-            raise RecordError("no text", f"candidate {number} must be text with more than white space in it")
-        check_text(candidate, f"candidate {number}")
-    return tuple(candidates)
-
-
-def _conversation(question: Question, candidate: str) -> Record:
-    """The conversation that ends with a candidate. Raises RecordError."""
-    messages = [*question.prompt, {"role": "assistant", "content": candidate}]
-    tools = {} if question.tools is None else {"tools": question.tools}
-    row = question.row
-    return convert(
-        {"messages": messages} | tools,
-        "messages",
-        index=row.index,
-        source=row.source,
-        where=row.where,
-        default_id=row.default_id,
-    )
-
-
-def _attempt(renderer: Renderer, question: Question) -> Rendered | str:
-    """The tokens of a question, or what is wrong with it."""
-    if question.fault is not None:
-        return question.fault
-    try:
-        return _rendered(renderer, question)
-    except RecordError as error:
-        return str(error)
-
-
-def _rendered(renderer: Renderer, question: Question) -> Rendered:
-    records = [_conversation(question, candidate) for candidate in question.candidates]
-    prompts, outputs = [], []
-    for number, samples in enumerate(render(renderer, records), start=1):
-        if isinstance(samples, RecordError):
-            raise RecordError(samples.reason, f"candidate {number}: {samples.detail}")
-        # The answer is the last message; one sample of the conversation owns it.
-        last = max(span.message for sample in samples for span in sample.spans)
-        sample, span = next((s, p) for s in samples for p in s.spans if p.message == last and p.is_owned)
-        prompts.append(sample.ids[: span.output_start])
-        outputs.append(sample.ids[span.output_start : span.output_end])
-    if all(np.array_equal(prompt, prompts[0]) for prompt in prompts):
-        prompts = prompts[:1]
-    return Rendered(tuple(prompts), tuple(outputs))
 
 
 def _rows(question: Rendered, max_length: int) -> Iterator[tuple[int, int]]:

@@ -21,13 +21,14 @@ from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, say
 from sft_dist.model import engine as engines
 from sft_dist.preparation import share_of
-from sft_dist.score import candidates, models
+from sft_dist.score import models
 from sft_dist.score.candidates import Candidates
 from sft_dist.score.conversations import Conversations, check_roles
 from sft_dist.score.forwards import Layout
 from sft_dist.score.job import Block, Job
 from sft_dist.score.models import Scorer
 from sft_dist.score.output import GrowingOutput, Part, check_writable
+from sft_dist.score.questions import is_candidates
 from sft_dist.score.summary import Tally
 from sft_dist.score.tokens import TokenTexts
 from sft_dist.session import close_session, for_people, open_session, print_from_main
@@ -87,7 +88,7 @@ def _job(
     is_asked: bool,
 ) -> Job[Any]:
     texts = TokenTexts(renderer) if with_tokens else None
-    if candidates.is_candidates(sources):
+    if is_candidates(sources):
         if is_asked:
             raise ConfigError("--roles: prompts with candidates have their candidates scored, whatever the role")
         return Candidates(sources, config.data, renderer, texts=texts)

@@ -20,10 +20,11 @@ from sft_dist.data.sample import Sample, Span
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed.world import World
 from sft_dist.errors import DataError
-from sft_dist.score import candidates as candidates_module
-from sft_dist.score.candidates import Candidates, is_candidates
+from sft_dist.score import questions
+from sft_dist.score.candidates import Candidates
 from sft_dist.score.conversations import Conversations
 from sft_dist.score.forwards import Layout
+from sft_dist.score.questions import is_candidates
 from sft_dist.score.summary import Tally
 from sft_dist.score.tokens import TokenTexts
 from tests.helpers import oracle
@@ -277,7 +278,7 @@ def test_prompts_that_differ_are_computed_apart_and_counted(
     folder: Path, world: World, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No template at hand looks ahead; here the first token of every second candidate's prompt is another one."""
-    render, ids_of = candidates_module.render, []
+    render, ids_of = questions.render, []
 
     def looking_ahead(renderer: Renderer, records: Any) -> Any:
         answers = render(renderer, records)
@@ -287,7 +288,7 @@ def test_prompts_that_differ_are_computed_apart_and_counted(
             ids_of.append((sample.ids, span.output_start, span.output_end))
         return answers
 
-    monkeypatch.setattr(candidates_module, "render", looking_ahead)
+    monkeypatch.setattr(questions, "render", looking_ahead)
     job = job_of(write_jsonl(tmp_path / "c.jsonl", RECORDS[:1]), renderer)
     lines, tally = all_lines(job, PlainEngine(folder), world)
     for entry, (ids, first, end) in zip(lines[0]["candidates"], ids_of, strict=True):
