@@ -221,7 +221,7 @@ def check_layout(
 ) -> Check:
     """The gradient of one step with the chosen examples, one sample a forward against the run's packs. A collective."""
     from sft_dist.distributed import collectives
-    from sft_dist.train.loop import accumulate_gradient
+    from sft_dist.train.gradient import accumulate_gradient
 
     _turn_off_dropout(engine.causal_lm)
     engine.train()

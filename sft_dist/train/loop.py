@@ -8,23 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sft_dist.config import RunConfig
 from sft_dist.data.packing import Pack
 from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Selection
-from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ExitCode, TrainingError
 from sft_dist.model import probe
-from sft_dist.model.batch import collate
 from sft_dist.model.engine import Engine
 from sft_dist.train import checkpoint, objective
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, scoring_packs
+from sft_dist.train.gradient import accumulate_gradient
 from sft_dist.train.interrupt import StopRequest
 from sft_dist.train.metrics import Metrics, step_line
 from sft_dist.train.schedule import learning_rate
@@ -257,54 +255,8 @@ class Run:
         return Result(exit_code, reason, state, summary)
 
 
-def accumulate_gradient(
-    engine: Engine,
-    selection: Selection,
-    plan: Plan,
-    step: int,
-    config: RunConfig,
-    world: World,
-    details: Details | None = None,
-) -> tuple[float, float]:
-    """All forwards and backwards of one step; returns its loss and its NLL over all ranks, and fills in `details`.
-
-    The loss is what is stepped on; the NLL has the same weights, and no label smoothing and z-loss.
-    docs/objective.md, section 5.
-    """
-    micro_batches = plan.micro_batches(
-        step, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
-    )
-    denominator = plan.denominator(step)
-    wanted = objective.wanted(config.objective, with_hits=details is not None)
-    local_loss = local_nll = 0.0
-    for number, pack in enumerate(micro_batches):
-        _seed_noise(config.seed, step, number, world.rank)
-        examples = [selection[index] for index in pack]
-        batch = collate(examples)
-        values = engine.token_values(batch, wanted)
-        loss = objective.weighted_sum(objective.token_losses(values, config.objective), batch)
-        engine.backward(loss / denominator, is_last=number == len(micro_batches) - 1)
-        local_loss += float(loss.detach())
-        if not objective.is_plain(config.objective):
-            local_nll -= float(objective.weighted_sum(values.logprob.detach(), batch))
-        if details is not None:
-            details.add(examples, values)
-    if details is not None:
-        details.reduce()
-    total_loss, total_nll = collectives.all_sum([local_loss, local_nll])
-    if objective.is_plain(config.objective):
-        total_nll = total_loss
-    return total_loss / denominator, total_nll / denominator
-
-
 def plan_heldout(selection: Selection) -> Heldout:
     return Heldout(selection, scoring_packs(selection))
-
-
-def _seed_noise(seed: int, step: int, micro_step: int, rank: int) -> None:
-    """Dropout and NEFTune follow from the position in the run, so a resumed run draws what it would have drawn."""
-    state = np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]) >> 1)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -27,7 +27,7 @@ from sft_dist.train import checkpoint
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, score_pack, scoring_packs
-from sft_dist.train.loop import accumulate_gradient
+from sft_dist.train.gradient import accumulate_gradient
 
 MAX_LENGTH = 384
 
