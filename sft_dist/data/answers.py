@@ -8,24 +8,28 @@ from sft_dist.data.conversation import Message, RecordError, short
 from sft_dist.data.marks import Marks
 
 
-def answer_ends(marks: Marks, message: Message, number: int, start: int, text: str) -> tuple[int, ...]:
+def answer_ends(
+    marks: Marks, message: Message, number: int, start: int, text: str, plain_stop: str | None
+) -> tuple[int, ...]:
     """Where the answer that begins at `start` of its own rendering may end, the best place first.
 
-    After the stop token: a control token behind all that the author wrote. Raises RecordError where there is none.
+    After the stop token: a control token behind all that the author wrote. Behind tool calls, whose syntax may close
+    with several, it is `plain_stop`, the one that ends answers without calls, and where that does not follow the last
+    one. Raises RecordError where there is none.
     """
     matches = list(marks.control_in(text, start))
     for place, match in enumerate(matches):
         if not _is_answer(marks, message, text[start : match.start()]):
             continue
         if message.tool_calls:
-            # The syntax of calls may close with several control tokens; the last one is the stop token.
-            return (matches[-1].end(),)
-        end = match.end()
+            closing = range(place, len(matches))
+            place = next((i for i in closing if matches[i].group() == plain_stop), len(matches) - 1)
+        first_end = end = matches[place].end()
         for following in matches[place + 1 :]:
             if following.start() != end:
                 break
             end = following.end()
-        return tuple(dict.fromkeys((end, match.end())))
+        return tuple(dict.fromkeys((end, first_end)))
     rendered = text[start:]
     if not matches:
         example = (

@@ -8,13 +8,14 @@ conversation takes several texts, and each message is owned by one of them.
 
 import json
 import os.path
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sft_dist.data.answers import answer_ends
 from sft_dist.data.conversation import Conversation, RecordError, short
 from sft_dist.data.escaping import OTHER_TEXT, escape, mapped, without_edges
-from sft_dist.data.renderer import Renderer
+from sft_dist.data.renderer import REASONING_KEYS, Renderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +140,20 @@ class _Renders:
         """The first `end` messages and the header of an answer."""
         return self.renderer.apply(self.plain[:end], self.tools, generation_prompt=True)
 
+    def with_other(self, number: int, keys: Iterable[str], end: int) -> str:
+        """The first `end` messages with another text in the place of a part of message `number`."""
+        other = self.plain[number] | dict.fromkeys(keys, OTHER_TEXT)
+        messages = [*self.plain[:number], other, *self.plain[number + 1 : end]]
+        return self.renderer.apply(messages, self.tools, generation_prompt=False)
+
     def start_of_content(self, number: int, text: str) -> int:
         """Where the content of a message begins in a text that goes on with it: where another content would differ."""
-        other = self.plain[number] | {"content": OTHER_TEXT}
-        rendered = self.renderer.apply([*self.plain[:number], other], self.tools, generation_prompt=False)
-        return common_length(rendered, text)
+        return common_length(self.with_other(number, ("content",), number + 1), text)
+
+    def end_of_content(self, number: int, text: str, end: int) -> int:
+        """Where the content of a message ends in the text of the first `end` messages; 0 where it does not show."""
+        rendered = self.with_other(number, ("content",), end)
+        return len(text) - common_length(rendered[::-1], text[::-1])
 
 
 def _turn(work: _Renders, number: int) -> _Turn:
@@ -154,9 +164,23 @@ def _turn(work: _Renders, number: int) -> _Turn:
             f"message {number + 1}: the prompt for it is not how its own rendering begins, so no answer of the model "
             f"could look like it: the prompt ends in {short(header[-60:])}",
         )
-    return _Turn(
-        number, header, text, answer_ends(work.renderer.marks, work.messages[number], number, len(header), text)
-    )
+    message = work.messages[number]
+    plain_stop = work.renderer.plain_stop if message.tool_calls else None
+    ends = answer_ends(work.renderer.marks, message, number, len(header), text, plain_stop)
+    if message.tool_calls:
+        _check_nothing_beside_calls_is_dropped(work, number)
+    return _Turn(number, header, text, ends)
+
+
+def _check_nothing_beside_calls_is_dropped(work: _Renders, number: int) -> None:
+    """What stands beside calls may be found in them (a city), and still be dropped: another text in its place tells."""
+    message = work.messages[number]
+    for said, keys in ((message.content, ("content",)), (message.reasoning, REASONING_KEYS)):
+        if (said or "").strip() and OTHER_TEXT not in work.with_other(number, keys, number + 1):
+            raise RecordError(
+                "template drops a message",
+                f"message {number + 1}: the template does not write the {keys[0].replace('_', ' ')} beside tool calls",
+            )
 
 
 def _chains(turns: Sequence[_Turn]) -> Iterator[list[tuple[_Turn, Answer]]]:
@@ -182,7 +206,7 @@ def _layout(
         else:
             before = answers.get(number - 1)
             low = max(starts[-1], before.end if before else 0)
-            start = max(low, _boundary(work, text, number, low, answers, is_owned=number >= first_owned))
+            start = max(low, _boundary(work, text, number, end, low, answers, is_owned=number >= first_owned))
         starts.append(start)
     starts.append(len(text))
     contents = {}
@@ -193,7 +217,9 @@ def _layout(
     return Layout(text, tuple(starts), answers, contents, stand_ins)
 
 
-def _boundary(work: _Renders, text: str, number: int, low: int, answers: dict[int, Answer], *, is_owned: bool) -> int:
+def _boundary(
+    work: _Renders, text: str, number: int, end: int, low: int, answers: dict[int, Answer], *, is_owned: bool
+) -> int:
     """Where message `number` begins, at `low` or after it: between the words of the message before it and its own."""
     try:
         before = work.upto(number)
@@ -210,11 +236,10 @@ def _boundary(work: _Renders, text: str, number: int, low: int, answers: dict[in
     # Never beyond the next answer: its words may repeat those of the message before this one.
     limit = min((answer.start for turn, answer in answers.items() if turn >= number), default=len(text))
     own = min(own, limit)
-    said = "" if number - 1 in answers else (work.messages[number - 1].content or "").strip()
-    at = text.rfind(said, low, own) if low <= own else -1
-    at = text.find(said, low, limit) if at < 0 else at
-    if said and at >= 0:
-        low = at + len(said)
+    if number - 1 not in answers and (work.messages[number - 1].content or "").strip():
+        with suppress(RecordError):
+            said_end = work.end_of_content(number - 1, text, end)
+            low = said_end if low < said_end <= limit else low
     if own < low:  # the template has moved it to another place, such as the first system message
         own = next((match.end() for match in work.renderer.marks.control_in(text, low, limit)), low)
     controls = list(work.renderer.marks.control_in(text, low, own))
@@ -226,8 +251,8 @@ def _boundary(work: _Renders, text: str, number: int, low: int, answers: dict[in
     if not controls:
         return own
     # Another history than it had then: behind the control token that ends the message before, and white space.
-    end = controls[0].end()
-    return end + len(text[end:own]) - len(text[end:own].lstrip())
+    behind = controls[0].end()
+    return behind + len(text[behind:own]) - len(text[behind:own].lstrip())
 
 
 def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tuple[int, int]:

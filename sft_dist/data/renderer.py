@@ -42,6 +42,10 @@ _PROBE_TOOL = {
 }
 
 
+# Where templates look for the reasoning of an answer.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
 class Renderer:
     """A tokenizer, a chat template with its variables, and what follows from them."""
 
@@ -186,8 +190,7 @@ class Renderer:
         elif self._tool_syntax[1]:
             tree["content"] = ""
         if message.reasoning is not None:
-            tree |= {"reasoning_content": message.reasoning, "reasoning": message.reasoning}
-            tree["thinking"] = message.reasoning
+            tree |= dict.fromkeys(REASONING_KEYS, message.reasoning)
         if message.tool_calls:
             tree["tool_calls"] = [self._plain_call(call.name, call.arguments, call.id) for call in message.tool_calls]
         if message.name is not None:
@@ -206,6 +209,18 @@ class Renderer:
         except RecordError:
             return ""
         return prompt.removeprefix(before) if prompt.startswith(before) else ""
+
+    @cached_property
+    def plain_stop(self) -> str | None:
+        """The control token that ends an answer without tool calls; None where there is none."""
+        word = "answerx"
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": word}]
+        try:
+            text = self.apply(messages, generation_prompt=False)
+        except RecordError:
+            return None
+        stop = next(self.marks.control_in(text, text.rfind(word) + len(word)), None) if word in text else None
+        return stop.group() if stop else None
 
     @property
     def shows_tools(self) -> bool:
