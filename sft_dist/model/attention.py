@@ -59,7 +59,7 @@ class Demands:
     def of(cls, model_config: Any, max_length: int) -> "Demands":
         text = model_config.get_text_config()
         window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-        has_window = bool(window) and window < max_length
+        has_window = window is not None and 0 < window < max_length
         chunk = getattr(text, "attention_chunk_size", None)
         softcap = "attn_logit_softcapping" if getattr(text, "attn_logit_softcapping", None) is not None else None
         masked_only = None

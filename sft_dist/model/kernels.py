@@ -1,8 +1,8 @@
 """Causal attention within each conversation of a packed row: one operation with a backward of its own.
 
-torch.compile sees one node that takes `cu_seqlens` as a tensor, so other lengths are no other graph, and nothing of size
-T x T is kept. On the CPU a conversation goes through torch's flash kernel; windows that a conversation exceeds, softcaps,
-values of another width than queries, and other devices are computed as written here, in blocks of queries.
+torch.compile sees one node that takes `cu_seqlens` as a tensor, so other lengths are no other graph, and nothing of
+size T x T is kept. On the CPU a conversation goes through torch's flash kernel; windows that a conversation exceeds,
+softcaps, values of another width than queries and other devices are computed as written here, in blocks of queries.
 
 With keys j that query t sees, c the softcap and b the sink of the head (either may be absent):
 
@@ -90,7 +90,7 @@ def _written_out(
 
 
 def _written_out_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normaliser: Tensor, scores: Scores
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normaliser: Tensor, *, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of one conversation."""
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -201,8 +201,7 @@ def _packed_attention_backward(
         if _is_flash(query, value, end - first, scores):
             parts = _flash_backward(grad, q, k, v, o, normaliser, 0.0, True, scale=scale)
         else:
-            inputs = (tensor[0].to(accurate) for tensor in (grad, q, k, v, o))
-            parts = _written_out_backward(*inputs, normaliser[0], scores)
+            parts = _written_out_backward(*(x[0].to(accurate) for x in (grad, q, k, v, o, normaliser)), scores=scores)
         for whole, part in zip(grads, parts, strict=True):
             whole[rows] = part
     return grads
