@@ -81,8 +81,8 @@ def model_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **common | FAMILIES[model_type])
 
 
-def build(model_type: str, implementation: str, *, experts: str = "eager") -> torch.nn.Module:
-    """A random model in float64, which transformers' grouped experts (another `experts`) do not compute in."""
+def build(model_type: str, implementation: str, *, experts: str | None = "eager") -> torch.nn.Module:
+    """A random model in float64, in which the default `experts` do not compute."""
     attention.register()
     torch.manual_seed(0)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(
@@ -263,7 +263,7 @@ PACKS = [(9, 4), (3, 5, 2, 8), (20, 3, 4), (6, 2, 2, 2, 7, 5)]
 def test_a_compiled_layer_is_one_graph_whatever_the_pack(model_type: str) -> None:
     torch._dynamo.reset()
     counters.clear()
-    model = build(model_type, SPLIT, experts="grouped_mm").float()
+    model = build(model_type, SPLIT, experts=None).float()
     # Layers of one kind share a graph; windowed and full ones differ by what they ask for.
     layer = model.model.layers[0]
     plain = layer.forward
