@@ -11,6 +11,7 @@ is built. Where conversations begin comes through the model's keyword arguments,
 A row without them is one conversation. What a layer asks for and a kernel cannot do is an error that names it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -207,23 +208,28 @@ def varlen_attention(
     return varlen.varlen(query, key, value, *row, scale, options.get("sliding_window")), None
 
 
-def flash_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """`varlen_attention` by the newest FlashAttention package, softcap included."""
-    if _only_split(dropout, options):
-        return split_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
-    _refuse("flash", module, options, "s_aux")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    row = (options["cu_seqlens"], options["max_seqlen"])
-    return varlen.flash(query, key, value, *row, scale, options.get("sliding_window"), options.get("softcap")), None
+def flash_attention(package: varlen.FlashAttention) -> Callable[..., tuple[Tensor, None]]:
+    """`varlen_attention` by a FlashAttention package, softcap included."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if _only_split(dropout, options):
+            return split_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
+        _refuse("flash", module, options, "s_aux")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        row = (options["cu_seqlens"], options["max_seqlen"])
+        asked = (options.get("sliding_window"), options.get("softcap"))
+        return varlen.flash(package, query, key, value, *row, scale, *asked), None
+
+    return attend
 
 
 def _only_split(dropout: float, options: dict[str, Any]) -> bool:
@@ -245,4 +251,6 @@ def register() -> None:
 
     AttentionInterface.register(SPLIT, split_attention)
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionInterface.register(FLASH, flash_attention)
+    package = varlen.newest_flash()
+    if package is not None:
+        AttentionInterface.register(FLASH, flash_attention(package))

@@ -13,9 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+_VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 
 # Newest first: (version, module that holds flash_attn_varlen_func).
 _FLASH_MODULES = ((4, "flash_attn.cute"), (3, "flash_attn_interface"), (2, "flash_attn"))
+
+# What these kernels compute in.
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +90,23 @@ def newest_flash() -> FlashAttention | None:
     return None
 
 
-@cache
-def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
-
-
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
 ) -> Tensor:
     """[1, H, T, D], [1, K, T, D] in 16 bits, cu_seqlens int32 [n + 1] on the device -> [1, T, H, D]."""
-    function, takes = _varlen()
-    call = varlen_call(takes, scale=scale, window=window, is_grouped=query.shape[1] != key.shape[1])
+    call = varlen_call(_VARLEN_TAKES, scale=scale, window=window, is_grouped=query.shape[1] != key.shape[1])
     if call.repeat_heads:
         sharing = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(sharing, 1), value.repeat_interleave(sharing, 1)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     # cu_seqlens twice is one and the same object: cuDNN is taken for it only then.
-    out: Tensor = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **call.keywords)
-    return out[None]
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **call.keywords)
+    result: Tensor = out[None]
+    return result
 
 
 def flash(
+    package: FlashAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -116,9 +116,7 @@ def flash(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """As `varlen`, by the newest FlashAttention package, which takes fewer heads of keys and softcaps as they are."""
-    package = newest_flash()
-    assert package is not None, "choose_attention takes flash only where a package is installed"
+    """As `varlen`, by a FlashAttention package, which takes fewer heads of keys and softcaps as they are."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     answer = package.function(
         q,
@@ -141,6 +139,3 @@ def unsupported_head(kernel: str, flash_version: int | None, head_dims: frozense
     if size % 8 or size > largest:
         return f"head_dim {size} (multiples of 8 up to {largest})"
     return None
-
-
-HALF = (torch.float16, torch.bfloat16)

@@ -4,6 +4,7 @@ The oracle of the kernel is a softmax written out token by token in float64; tha
 eager attention, one conversation at a time.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sft_dist.errors import ConfigError
 from sft_dist.model import attention, kernels
 from sft_dist.model.attention import FLASH, SPLIT, VARLEN, Choice, Demands, choose_attention, decide
-from sft_dist.model.varlen import flash_keywords, varlen_call
+from sft_dist.model.varlen import FlashAttention, flash_keywords, varlen_call
 from tests.model.test_trees import bounds, written_out
 
 HEADS, HEAD_DIM = 4, 8
@@ -316,6 +317,62 @@ def test_varlen_of_the_installed_torch_takes_what_it_gets() -> None:
         assert out.shape == (1, 30, 8, 64) and out.dtype is torch.bfloat16 and out.requires_grad
 
 
+def test_varlen_is_one_graph_whatever_the_longest_conversation() -> None:
+    """Captured, not run: a backend that counts graphs and answers with an empty tensor."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def capture(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return lambda *inputs: [next(x for x in inputs if isinstance(x, Tensor) and x.dim() == 4).transpose(1, 2)]
+
+    def attend(q: Tensor, k: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        options = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        return attention.varlen_attention(torch.nn.Module(), q, k, k, None, scaling=0.3, **options)[0]
+
+    compiled = torch.compile(attend, dynamic=True, fullgraph=True, backend=capture)
+    for lengths in PACKS:
+        q, k = (torch.empty(1, heads, sum(lengths), 64, dtype=torch.bfloat16) for heads in (8, 2))
+        compiled(q, k, bounds(lengths), max(lengths))
+    assert len(graphs) == 1 and "_varlen_attn" in graphs[0].code
+
+
+def written_out_package() -> FlashAttention:
+    """What stands in for a FlashAttention package: its arguments and layout, computed by the operation of the CPU."""
+
+    def flash_attn_varlen_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == int(cu_seqlens_q.diff().max())
+        window = None if window_size == (-1, -1) else window_size[0] + 1
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out, normaliser = kernels.packed_attention(*rows, cu_seqlens_q, softmax_scale, window, softcap or None, None)
+        return out[0], normaliser
+
+    return FlashAttention(3, flash_attn_varlen_func, frozenset(inspect.signature(flash_attn_varlen_func).parameters))
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (4, 0.7)])
+def test_a_flash_package_is_called_as_it_wants(window: int | None, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 14, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    row = {"cu_seqlens": bounds((9, 5)), "host_cu_seqlens": bounds((9, 5)), "max_seqlen": 9}
+    options = {"sliding_window": window, "softcap": softcap}
+    attend = attention.flash_attention(written_out_package())
+    found, _ = attend(torch.nn.Module(), q, k, v, None, **row, **options)
+    assert torch.allclose(found, written_out(q, k, v, (9, 5), (-1, -1), **options), rtol=1e-9)
+
+
 def test_flash_packages_get_arguments_they_take() -> None:
     cu_seqlens = bounds((3, 4))
     common = {"cu_seqlens": cu_seqlens, "max_seqlen": 4, "scale": 0.5}
@@ -425,7 +482,7 @@ def test_what_a_layer_asks_for_and_a_kernel_cannot_do_is_an_error_that_names_it(
         (attention.split_attention, {"is_causal": False}),
         (attention.varlen_attention, {"softcap": 1.0}),
         (attention.varlen_attention, {"s_aux": q}),
-        (attention.flash_attention, {"s_aux": q}),
+        (attention.flash_attention(written_out_package()), {"s_aux": q}),
     ]:
         with pytest.raises(ConfigError, match=next(iter(options))):
             function(module, q, q, q, None, **row, **options)
