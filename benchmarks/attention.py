@@ -5,7 +5,7 @@
 Rows of T tokens hold 1, 4, 16 or 64 conversations of equal length l, so S2/T = Σl²/T = l. `packed` is what a run takes
 here (model.attention: auto), `slices` cuts the row with slices under autograd instead, `dense` is one masked
 scaled_dot_product_attention over the row, its mask built beforehand. All give the same output and gradients, which is
-checked in the same run. A masked kernel computes the whole square and a causal one half of each conversation's, so
+checked in the same run. On the CPU the seconds are processor time of one thread. A masked kernel computes the whole square and a causal one half of each conversation's, so
 dense over packed is at most 2 T² / S2. Writes results/attention.json.
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=None, help="T of the rows")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     on_gpu = torch.cuda.is_available()
@@ -125,9 +125,11 @@ def attention_ways(device: torch.device, lengths: tuple[int, ...]) -> dict[str, 
 
 
 def now(device: torch.device) -> float:
+    """Seconds: of the clock on a GPU, of processor time on the CPU, which other processes disturb less."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def summary(values: list[float]) -> dict[str, float]:
