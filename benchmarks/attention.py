@@ -5,8 +5,9 @@
 Rows of T tokens hold 1, 4, 16 or 64 conversations of equal length l, so S2/T = Σl²/T = l. `packed` is what a run takes
 here (model.attention: auto), `slices` cuts the row with slices under autograd instead, `dense` is one masked
 scaled_dot_product_attention over the row, its mask built beforehand. All give the same output and gradients, which is
-checked in the same run. On the CPU the seconds are processor time of one thread. A masked kernel computes the whole square and a causal one half of each conversation's, so
-dense over packed is at most 2 T² / S2. Writes results/attention.json.
+checked in the same run. On the CPU the seconds are processor time of one thread. A masked kernel computes the whole
+square and a causal one half of each conversation's, so dense over packed is at most 2 T² / S2. Writes
+results/attention.json.
 """
 
 import argparse

@@ -193,7 +193,6 @@ def _packed_attention_backward(
     scores = Scores(scale, window, softcap)
     accurate = _accurate(query.dtype)
     grads = _empty_gradients(query, key, value)
-    grad_out = grad_out.contiguous()  # the gradient of a sum has strides of 0, which the kernel cannot read
     for first, end in _conversations(cu_seqlens, query.shape[2]):
         rows = (slice(None), slice(None), slice(first, end))
         q, k, v, normaliser = query[rows], key[rows], value[rows], normalisers[rows]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -171,6 +171,8 @@ def test_families_with_windows_softcaps_or_sinks_would_differ_without_them() -> 
     st.booleans(),
     st.sampled_from([3, 512]),
 )
+@example([5, 4, 1, 12], 2, HEAD_DIM, 4, None, False, 3)  # one token longer than the window, and as long
+@example([5, 4, 1, 12], 1, HEAD_DIM, 4, None, True, 512)
 def test_the_operation_is_attention_written_out(
     lengths: list[int],
     kv_heads: int,
@@ -228,6 +230,16 @@ def test_half_precision_stays_near_and_the_operation_is_well_formed(
     assert torch.allclose(grads[0].double(), grads[1], atol=bound)
     if dtype is torch.float32:
         torch.library.opcheck(kernels.packed_attention, arguments)
+
+
+def test_a_gradient_without_strides_of_its_own_is_read_right() -> None:
+    """The gradient of a sum is one number, expanded."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    out, _ = kernels.packed_attention(q, q, q, bounds((5, 3)), 0.5, None, None, None)
+    (expanded,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    (dense,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    assert torch.allclose(expanded, dense, rtol=1e-12)
 
 
 def test_bounds_that_do_not_cover_the_row_are_an_error() -> None:
