@@ -72,8 +72,9 @@ class ModelConfig(Section):
     """Run folder whose newest checkpoint gives the initial weights (weights only, step starts at 0)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; auto: bfloat16 on GPU (fp32 master weights), float32 on CPU."""
-    attention: Literal["auto", "split", "sdpa", "eager"] = "auto"
-    """Attention kernel; auto: split (one causal kernel per conversation) where the model allows it, else sdpa."""
+    attention: Literal["auto", "split", "varlen", "flash", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto: on GPU varlen (torch's own) or flash (an installed flash-attn), on CPU and for what they
+    lack split (conversation by conversation), else transformers' masked kernels sdpa and eager."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: less memory, about a third more work."""
     allow_new_parameters: tuple[str, ...] = ()

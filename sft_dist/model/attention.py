@@ -1,30 +1,162 @@
-"""Attention that never crosses a sample of a packed row.
+"""Attention that never crosses a conversation of a packed row: which kernel a model gets, and the way to it.
 
-`split` runs one causal kernel per sample, so its cost follows the sum of squares of the samples' lengths. It is
-registered with transformers' attention interface and receives the samples' lengths through the model's keyword
-arguments. Models whose attention needs more than that (windows, softcap, sinks) use transformers' masked kernels,
-which isolate samples by the position ids that restart at 0.
+The kernels are registered with transformers' attention interface, without a mask of that name, so that no dense mask
+is built. Where conversations begin comes through the model's keyword arguments, computed once by the collator:
 
-Segments of a row may also form trees: a segment with a parent continues it, so a prompt that several answers share is
-computed once. It attends to all of its ancestors and, causally, to itself: what it would see in a row of its own.
+    cu_seqlens          int32 [n + 1] on the device of the row
+    host_cu_seqlens     the same on the CPU
+    max_seqlen          tokens of the longest conversation
+    segment_parents     for trees: the earlier segment that each continues, or -1 (see model/segments.py)
+
+A row without them is one conversation. What a layer asks for and a kernel cannot do is an error that names it.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sft_dist.errors import ConfigError
+from sft_dist.model import segments, varlen
+from sft_dist.model.kernels import packed_attention
 
+# Names within transformers. None may contain "flash": transformers takes such names for its own.
 SPLIT = "sft_dist_split"
+VARLEN = "sft_dist_varlen"
+FLASH = "sft_dist_fa"
+_REGISTERED = {"split": SPLIT, "varlen": VARLEN, "flash": FLASH}
 
-# Layer kinds that mix tokens through attention only, so that packed samples can be isolated.
+# Layer kinds that mix tokens through attention only, so that packed conversations can be isolated.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
-# Short siblings share one masked kernel; beyond this many tokens the mask would cost more than another kernel.
-_SIBLING_TOKENS = 256
+# Models whose layers hand their window to the attention function (others put it into the mask alone).
+_HANDS_OVER_WINDOW = {
+    "cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "ministral", "mistral", "mixtral", "olmo3", "phi3",
+    "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+}  # fmt: skip
+_HANDS_OVER_SOFTCAP = {"gemma2"}
+
+
+class Choice(NamedTuple):
+    """An attention implementation as transformers knows it, and why it is not the fastest, if it is not."""
+
+    name: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demands:
+    """What a model asks of attention, for conversations of at most some length. Options are named as in its config."""
+
+    masked_only: str | None  # an option that reaches the mask alone, so that only masked kernels honour it
+    has_window: bool
+    softcap: str | None
+    sinks: str | None
+    head_dims: frozenset[int]  # of queries and keys, and of values
+
+    @classmethod
+    def of(cls, model_config: Any, max_length: int) -> "Demands":
+        text = model_config.get_text_config()
+        window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+        has_window = window is not None and 0 < window < max_length
+        chunk = getattr(text, "attention_chunk_size", None)
+        softcap = "attn_logit_softcapping" if getattr(text, "attn_logit_softcapping", None) is not None else None
+        masked_only = None
+        if has_window and text.model_type not in _HANDS_OVER_WINDOW:
+            masked_only = "sliding_window"
+        elif chunk is not None and chunk < max_length:
+            masked_only = "attention_chunk_size"
+        elif softcap and text.model_type not in _HANDS_OVER_SOFTCAP:
+            masked_only = softcap
+        sinks = "sinks" if text.model_type == "gpt_oss" else None
+        return cls(masked_only, has_window, softcap, sinks, _head_dims(text))
+
+    def unmet_by(self, kernel: str, device_type: str, dtype: torch.dtype, flash_version: int | None) -> str | None:
+        """What keeps a kernel from this model, in words; None: nothing."""
+        if kernel in ("split", "varlen", "flash") and self.masked_only is not None:
+            return self.masked_only
+        match kernel:
+            case "varlen" | "flash":
+                if device_type != "cuda":
+                    return "a device other than a GPU"
+                if kernel == "flash" and flash_version is None:
+                    return "this environment: no flash-attn package can be imported"
+                if dtype not in varlen.HALF:
+                    return str(dtype).removeprefix("torch.")
+                softcap = self.softcap if kernel == "varlen" else None
+                return self.sinks or softcap or varlen.unsupported_head(kernel, flash_version, self.head_dims)
+            case "sdpa":
+                return self.sinks or self.softcap
+            case _:
+                return None
+
+
+def _head_dims(text_config: Any) -> frozenset[int]:
+    heads = getattr(text_config, "num_attention_heads", None)
+    size = getattr(text_config, "head_dim", None) or (text_config.hidden_size // heads if heads else 0)
+    if getattr(text_config, "kv_lora_rank", None):  # multi-head latent attention
+        size = text_config.qk_nope_head_dim + text_config.qk_rope_head_dim
+    others = {getattr(text_config, name, None) for name in ("v_head_dim", "global_head_dim")}
+    return frozenset({size, *(other for other in others if other)})
+
+
+def choose_attention(
+    model_config: Any,
+    wanted: str,
+    max_length: int,
+    *,
+    device_type: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Choice:
+    """The attention of a model for `model.attention` = `wanted` and conversations of at most `max_length` tokens.
+
+    Raises ConfigError for models that cannot be packed, and for a kernel that cannot honour what the model asks for.
+    """
+    text_config = model_config.get_text_config()
+    kinds = set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if kinds or getattr(text_config, "is_encoder_decoder", False):
+        what = ", ".join(sorted(kinds)) or "an encoder"
+        raise ConfigError(
+            f"model.path: {text_config.model_type} mixes tokens through {what}, which packed conversations "
+            "would leak through; this model cannot be trained packed"
+        )
+    if getattr(text_config, "use_bidirectional_attention", False):
+        raise ConfigError(
+            f"model.path: {text_config.model_type} has use_bidirectional_attention: its tokens see what comes after "
+            "them, so they cannot be trained to predict it"
+        )
+    package = varlen.newest_flash() if device_type == "cuda" or wanted == "flash" else None
+    return decide(
+        Demands.of(model_config, max_length), wanted, device_type, dtype, None if package is None else package.version
+    )
+
+
+def decide(demands: Demands, wanted: str, device_type: str, dtype: torch.dtype, flash_version: int | None) -> Choice:
+    """The part of `choose_attention` that depends on nothing but its arguments."""
+    if wanted != "auto":
+        unmet = demands.unmet_by(wanted, device_type, dtype, flash_version)
+        if unmet is not None:
+            raise ConfigError(f"model.attention: {wanted} cannot honour {unmet}; set model.attention: auto")
+        return Choice(_REGISTERED.get(wanted, wanted))
+    # Torch's own kernel on a GPU is FlashAttention 2; only newer packages are faster, and only packages know softcaps.
+    on_gpu = ["flash", "varlen"] if (flash_version or 0) > 2 else ["varlen", "flash"]
+    order = [*(on_gpu if device_type == "cuda" else ()), "split", "sdpa", "eager"]
+    unmet_first: str | None = None
+    for kernel in order:
+        unmet = demands.unmet_by(kernel, device_type, dtype, flash_version)
+        if unmet is None:
+            missed = (kernel not in on_gpu and device_type == "cuda") or kernel in ("sdpa", "eager")
+            reason = f"attention: {kernel}, because {order[0]} cannot honour {unmet_first}" if missed else None
+            return Choice(_REGISTERED.get(kernel, kernel), reason)
+        unmet_first = unmet_first or unmet
+    raise AssertionError("eager honours everything")
+
+
+def can_share_prompts(implementation: str) -> bool:
+    """Whether an attention implementation, as transformers names it, computes trees."""
+    return implementation in _REGISTERED.values()
 
 
 def split_attention(
@@ -35,104 +167,90 @@ def split_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: tuple[int, ...] | None = None,
+    host_cu_seqlens: Tensor | None = None,
     segment_parents: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment of the row; returns [1, T, heads, head_dim] and no weights.
+    """Causal attention within each conversation of the row; returns [1, T, heads, head_dim] and no weights.
 
-    `segment_parents` names for each segment the earlier one that it continues, or -1.
+    `segment_parents` names for each segment the earlier one that it continues, or -1. Dropout is drawn by torch.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise ConfigError(f"model.attention: split cannot honour {name}; set model.attention to sdpa or eager")
-    lengths = segment_lengths if segment_lengths is not None else (query.shape[2],)
+    _refuse("split", module, options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if host_cu_seqlens is not None and segment_parents is None and not dropout:
+        out, _ = packed_attention(query, key, value, host_cu_seqlens, scale, sliding_window, softcap, s_aux)
+        return out, None
+    lengths = [query.shape[2]] if host_cu_seqlens is None else host_cu_seqlens.diff().tolist()
     parents = segment_parents if segment_parents is not None else (-1,) * len(lengths)
-    window = options.get("sliding_window")
-    if window is not None and max(_context_lengths(lengths, parents)) > window:
-        raise ConfigError("model.attention: split cannot honour sliding_window; set model.attention to sdpa")
-    # split, not slices: the backward of a slice allocates a zero tensor of the whole row for every sample.
-    keys, values = key.split(lengths, 2), value.split(lengths, 2)
-    groups = list(_sibling_groups(lengths, parents))
-    queries = query.split([sum(lengths[first:end]) for first, end in groups], 2)
-    parts = []
-    for (first, end), q in zip(groups, queries, strict=True):
-        seen = [*_ancestors(first, parents), *range(first, end)]
-        mask = _tree_mask(lengths[first:end], sum(lengths[i] for i in seen), query.device) if len(seen) > 1 else None
-        parts.append(
-            F.scaled_dot_product_attention(
-                q,
-                keys[first] if mask is None else torch.cat([keys[i] for i in seen], 2),
-                values[first] if mask is None else torch.cat([values[i] for i in seen], 2),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    asked = segments.Options(scale, dropout, sliding_window, softcap, s_aux)
+    return segments.attend(query, key, value, lengths, parents, asked), None
 
 
-def _ancestors(segment: int, parents: Sequence[int]) -> list[int]:
-    """The segments that a segment continues, from the root on."""
-    chain: list[int] = []
-    while (segment := parents[segment]) >= 0:
-        chain.insert(0, segment)
-    return chain
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`split_attention` by torch's varlen_attn on CUDA. Trees, dropout and rows without cu_seqlens go through split."""
+    if _only_split(dropout, options):
+        return split_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
+    _refuse("varlen", module, options, "softcap", "s_aux")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    row = (options["cu_seqlens"], options["max_seqlen"])
+    return varlen.varlen(query, key, value, *row, scale, options.get("sliding_window")), None
 
 
-def _context_lengths(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
-    """Tokens of each segment and of all that it continues."""
-    return [length + sum(lengths[i] for i in _ancestors(n, parents)) for n, length in enumerate(lengths)]
+def flash_attention(package: varlen.FlashAttention) -> Callable[..., tuple[Tensor, None]]:
+    """`varlen_attention` by a FlashAttention package, softcap included."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if _only_split(dropout, options):
+            return split_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
+        _refuse("flash", module, options, "s_aux")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        row = (options["cu_seqlens"], options["max_seqlen"])
+        asked = (options.get("sliding_window"), options.get("softcap"))
+        return varlen.flash(package, query, key, value, *row, scale, *asked), None
+
+    return attend
 
 
-def _sibling_groups(lengths: Sequence[int], parents: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of segments that one kernel computes: short neighbours with the same parent, else each on its own."""
-    first, num_tokens = 0, lengths[0]
-    for segment in range(1, len(lengths)):
-        is_sibling = parents[segment] >= 0 and parents[segment] == parents[first]
-        if is_sibling and num_tokens + lengths[segment] <= _SIBLING_TOKENS:
-            num_tokens += lengths[segment]
-            continue
-        yield first, segment
-        first, num_tokens = segment, lengths[segment]
-    yield first, len(lengths)
+def _only_split(dropout: float, options: dict[str, Any]) -> bool:
+    return bool(dropout) or options.get("cu_seqlens") is None or options.get("segment_parents") is not None
 
 
-def _tree_mask(lengths: Sequence[int], num_keys: int, device: torch.device) -> Tensor:
-    """bool [L, num_keys] for siblings of these lengths: all of the ancestors' keys, then causal within each sibling."""
-    sibling = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)  # [L]
-    own = (sibling[:, None] == sibling[None, :]).tril()
-    return torch.cat([own.new_ones(len(sibling), num_keys - len(sibling)), own], 1)
-
-
-def choose_attention(model_config: Any, wanted: str, max_length: int) -> str:
-    """Name of the attention implementation for a model. Raises ConfigError for models that cannot be packed."""
-    text_config = model_config.get_text_config()
-    kinds = set(getattr(text_config, "layer_types", None) or ()) - _ATTENTION_LAYERS
-    if kinds or getattr(text_config, "is_encoder_decoder", False):
-        what = ", ".join(sorted(kinds)) or "an encoder"
-        raise ConfigError(
-            f"model.path: {text_config.model_type} mixes tokens through {what}, which packed conversations "
-            "would leak through; this model cannot be trained packed"
-        )
-    if wanted != "auto":
-        return SPLIT if wanted == "split" else wanted
-    window = getattr(text_config, "sliding_window", None) if getattr(text_config, "use_sliding_window", True) else None
-    needs_mask = (
-        (window is not None and window < max_length)
-        or getattr(text_config, "attn_logit_softcapping", None) is not None
-        or getattr(text_config, "attention_chunk_size", None) is not None
-        or text_config.model_type == "gpt_oss"
-    )
-    if not needs_mask:
-        return SPLIT
-    return "eager" if getattr(text_config, "attn_logit_softcapping", None) is not None else "sdpa"
+def _refuse(kernel: str, module: torch.nn.Module, options: dict[str, Any], *names: str) -> None:
+    """Raise ConfigError for what a layer asks for under one of these names, and for all that no kernel here knows."""
+    unmet = [name for name in (*names, "position_bias") if options.get(name) is not None]
+    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        unmet.append("is_causal=False")
+    if unmet:
+        raise ConfigError(f"model.attention: {kernel} cannot honour {unmet[0]}; set model.attention: eager")
 
 
 def register() -> None:
-    """Make `split` known to transformers. Without a mask entry of that name no dense mask is built."""
+    """Make the kernels known to transformers. Without mask entries of their names no dense mask is built."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(SPLIT, split_attention)
+    AttentionInterface.register(VARLEN, varlen_attention)
+    package = varlen.newest_flash()
+    if package is not None:
+        AttentionInterface.register(FLASH, flash_attention(package))

@@ -28,9 +28,14 @@ class Batch:
     turn_ids: Tensor  # int64 [1, T], slot of the predicted token in `turns`, or -1
     weights: Tensor  # float32 [1, T], weight of the predicted token, 0 where there is no target
     cu_seqlens: Tensor  # int32 [n + 1]
+    host_cu_seqlens: Tensor  # the same, and never moved: kernels on the host read it without waiting for the device
     lengths: tuple[int, ...]  # [n], the same on the host
     turns: tuple[tuple[int, int], ...]  # (number of the example in the batch, message number) of each turn slot
     parents: tuple[int, ...] | None = None  # [n] the sample that each continues, or -1; None: none continues another
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
 
     @property
     def num_targets(self) -> int:
@@ -47,6 +52,7 @@ class Batch:
             move(self.turn_ids),
             move(self.weights),
             move(self.cu_seqlens),
+            self.host_cu_seqlens,
             self.lengths,
             self.turns,
             self.parents,
@@ -85,13 +91,15 @@ def collate(examples: Sequence[Example]) -> Batch:
         positions.append(np.arange(len(sample.ids)))
         weights.append(np.append(example.weights[1:], np.float32(0)))
     lengths = tuple(len(example.sample.ids) for example in examples)
+    cu_seqlens = _cu_seqlens(lengths)
     return Batch(
         input_ids=_row(ids),
         position_ids=_row(positions),
         targets=_row(targets),
         turn_ids=_row(turn_ids),
         weights=torch.from_numpy(np.concatenate(weights))[None],
-        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
+        host_cu_seqlens=cu_seqlens,
         lengths=lengths,
         turns=tuple(turns),
     )
@@ -131,13 +139,15 @@ def collate_trees(trees: Sequence[Tree]) -> Batch:
             turn_ids[-1][len(before) - 1 :] = len(turns)
             turns.append((number, branch))
     row = _row(targets)
+    cu_seqlens = _cu_seqlens(lengths)
     return Batch(
         input_ids=_row(ids),
         position_ids=_row(positions),
         targets=row,
         turn_ids=_row(turn_ids),
         weights=(row != IGNORE).float(),
-        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
+        host_cu_seqlens=cu_seqlens,
         lengths=tuple(lengths),
         turns=tuple(turns),
         parents=tuple(parents) if max(parents) >= 0 else None,
@@ -148,15 +158,22 @@ def _row(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
+def _cu_seqlens(lengths: Sequence[int]) -> Tensor:
+    """Where each sample begins, and the end of the row: int32 [n + 1]."""
+    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+
+
 def _empty() -> Batch:
     nothing = torch.zeros(1, 1, dtype=torch.int64)
+    cu_seqlens = _cu_seqlens([1])
     return Batch(
         input_ids=nothing,
         position_ids=nothing,
         targets=torch.full((1, 1), IGNORE),
         turn_ids=torch.full((1, 1), -1),
         weights=torch.zeros(1, 1),
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
+        host_cu_seqlens=cu_seqlens,
         lengths=(1,),
         turns=(),
     )

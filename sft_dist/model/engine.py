@@ -23,7 +23,7 @@ import sft_dist
 from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
-from sft_dist.model import loading, zero
+from sft_dist.model import attention, loading, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.logprobs import ONLY_LOGPROBS, TokenLogprobs, TokenValues, Wanted
 
@@ -268,6 +268,15 @@ def _sharded_model(
     )
     if added is not None and weights is None and world.is_main:
         say(added.describe(model_config))
+    chosen = attention.choose_attention(
+        model_config,
+        config.model.attention,
+        config.data.max_length,
+        device_type=loading.device_type(),
+        dtype=compute_dtype(config.model),
+    )
+    if chosen.reason is not None and world.is_main:
+        say(chosen.reason)
     del announced
     layers = [type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     if layers:

@@ -78,7 +78,9 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     attention.register()
-    implementation = attention.choose_attention(config, model.attention, max_length)
+    implementation = attention.choose_attention(
+        config, model.attention, max_length, device_type=device_type(), dtype=dtype
+    ).name
     if seed is not None:
         torch.manual_seed(seed % 2**63)  # all that torch takes
     try:
@@ -97,6 +99,11 @@ def load_causal_lm(
     if added is not None:
         _add_tokens(loaded, added)
     return loaded
+
+
+def device_type() -> str:
+    """Where models compute."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _add_tokens(causal_lm: Any, added: NewTokens) -> None:

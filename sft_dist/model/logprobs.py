@@ -75,7 +75,9 @@ class TokenLogprobs(nn.Module):
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                segment_lengths=batch.lengths,
+                cu_seqlens=batch.cu_seqlens,
+                host_cu_seqlens=batch.host_cu_seqlens,
+                max_seqlen=batch.max_length,
                 segment_parents=batch.parents,
             ).last_hidden_state  # [1, T, D]
         rows = (batch.targets[0] != IGNORE).nonzero(as_tuple=True)[0]

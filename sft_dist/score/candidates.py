@@ -19,7 +19,7 @@ from sft_dist.data.renderer import Renderer
 from sft_dist.distributed import collectives
 from sft_dist.errors import ConfigError, DataError
 from sft_dist.model import probe
-from sft_dist.model.attention import SPLIT
+from sft_dist.model.attention import can_share_prompts
 from sft_dist.model.batch import Tree, collate_trees
 from sft_dist.model.engine import Engine
 from sft_dist.score.forwards import Layout, Logprobs, logprobs
@@ -296,4 +296,4 @@ def _rows(question: Rendered, max_length: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_split(engine: Engine) -> bool:
-    return bool(engine.causal_lm.config._attn_implementation == SPLIT)
+    return can_share_prompts(engine.causal_lm.config._attn_implementation)

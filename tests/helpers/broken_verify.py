@@ -19,14 +19,15 @@ from sft_dist.model.engine import Engine
 def mixes_conversations() -> None:
     """Attention over the whole row, whatever conversations lie in it."""
     split = attention.split_attention
-    attention.split_attention = lambda *values, segment_lengths=None, **options: split(*values, **options)
+    attention.split_attention = lambda *values, host_cu_seqlens=None, **options: split(*values, **options)
 
 
 def looks_ahead() -> None:
     """Attention that sees what comes after: alone or packed, the same."""
 
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        lengths = list(options.get("segment_lengths") or [query.shape[2]])
+        bounds = options.get("host_cu_seqlens")
+        lengths = [query.shape[2]] if bounds is None else bounds.diff().tolist()
         parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
         seen = [F.scaled_dot_product_attention(q, k, v, scale=options["scaling"], enable_gqa=True) for q, k, v in parts]
         import torch

@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sft_dist.data.sample import Sample, Span
 from sft_dist.data.selection import Example
-from sft_dist.errors import ConfigError
 from sft_dist.model import attention, logprobs
-from sft_dist.model.attention import SPLIT, choose_attention
+from sft_dist.model.attention import SPLIT
 from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.logprobs import TokenLogprobs, TokenValues, Wanted
 from tests.helpers.models import FAMILIES, build_model
@@ -165,24 +164,3 @@ def test_collate_shifts_once_and_restarts_positions() -> None:
     assert batch.targets[0, 7] == IGNORE, "no target crosses from one sample to the next"
     assert batch.turns == ((0, 1), (1, 1))
     assert [batch.turn_ids[0, row].item() for row in rows] == [0 if row < 8 else 1 for row in rows]
-
-
-def test_models_that_need_more_than_isolated_causal_attention_are_seen() -> None:
-    def config(model_type: str, **values: object) -> object:
-        return AutoConfig.for_model(model_type, **values)
-
-    assert choose_attention(config("llama"), "auto", 4096) == SPLIT
-    assert choose_attention(config("mistral", sliding_window=512), "auto", 4096) == "sdpa"
-    assert choose_attention(config("mistral", sliding_window=512), "auto", 512) == SPLIT
-    assert choose_attention(config("qwen2", use_sliding_window=False, sliding_window=8), "auto", 4096) == SPLIT
-    assert choose_attention(config("gemma2"), "auto", 64) == "eager"
-    assert choose_attention(config("llama"), "eager", 64) == "eager"
-    with pytest.raises(ConfigError, match="linear_attention"):
-        choose_attention(config("qwen3_next"), "auto", 64)
-
-
-def test_split_refuses_what_it_cannot_honour() -> None:
-    q = torch.zeros(1, 2, 4, 8)
-    for option in ({"softcap": 1.0}, {"s_aux": q}, {"sliding_window": 3}):
-        with pytest.raises(ConfigError, match=next(iter(option))):
-            attention.split_attention(torch.nn.Module(), q, q, q, None, **option)

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sft_dist.errors import ConfigError
-from sft_dist.model import attention
+from sft_dist.model import segments
 from sft_dist.model.attention import SPLIT, split_attention
 from sft_dist.model.batch import IGNORE, Tree, collate_trees
 from sft_dist.model.logprobs import TokenLogprobs
@@ -31,7 +30,20 @@ def forests(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(lengths), tuple(parents)
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], parents: tuple[int, ...]) -> Tensor:
+def bounds(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    parents: tuple[int, ...],
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
     """Attention token by token over the positions that each would see in a row of its own; [1, T, heads, head_dim]."""
     starts = np.cumsum([0, *lengths])
     rows = []
@@ -44,28 +56,49 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], paren
         for place in range(length):
             token = starts[segment] + place
             seen = [*before, *range(starts[segment], token + 1)]
+            seen = seen if sliding_window is None else seen[-sliding_window:]
             of_head = []
             for head in range(q.shape[1]):
                 kv_head = head // (q.shape[1] // k.shape[1])
-                weights = (k[0, kv_head, seen] @ q[0, head, token] / q.shape[-1] ** 0.5).softmax(0)
-                of_head.append(weights @ v[0, kv_head, seen])
+                scores = k[0, kv_head, seen] @ q[0, head, token] / q.shape[-1] ** 0.5
+                if softcap is not None:
+                    scores = torch.tanh(scores / softcap) * softcap
+                if s_aux is not None:
+                    scores = torch.cat([scores, s_aux[head : head + 1]])
+                of_head.append(scores.softmax(0)[: len(seen)] @ v[0, kv_head, seen])
             rows.append(torch.stack(of_head))
     return torch.stack(rows)[None]
 
 
 @settings(max_examples=60, deadline=None)
-@given(forests(), st.sampled_from([KV_HEADS, HEADS]), st.sampled_from([4, 256]))
+@given(
+    forests(),
+    st.sampled_from([KV_HEADS, HEADS]),
+    st.sampled_from([4, 256]),
+    st.sampled_from([None, 1, 3, 7]),
+    st.sampled_from([None, 0.7]),
+    st.booleans(),
+)
 def test_a_segment_sees_its_ancestors_and_itself_only(
-    forest: tuple[tuple[int, ...], tuple[int, ...]], kv_heads: int, sibling_tokens: int
+    forest: tuple[tuple[int, ...], tuple[int, ...]],
+    kv_heads: int,
+    sibling_tokens: int,
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
 ) -> None:
     lengths, parents = forest
     torch.manual_seed(sum(lengths))
+    sinks = torch.randn(HEADS, dtype=torch.float64) if has_sinks else None
+    options = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
     q = torch.randn(1, HEADS, sum(lengths), HEAD_DIM, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(1, kv_heads, sum(lengths), HEAD_DIM, dtype=torch.float64, requires_grad=True) for _ in "kv")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_SIBLING_TOKENS", sibling_tokens)
-        found, _ = split_attention(torch.nn.Module(), q, k, v, None, segment_lengths=lengths, segment_parents=parents)
-    expected = written_out(q, k, v, lengths, parents)
+        patch.setattr(segments, "SIBLING_TOKENS", sibling_tokens)
+        found, _ = split_attention(
+            torch.nn.Module(), q, k, v, None, host_cu_seqlens=bounds(lengths), segment_parents=parents, **options
+        )
+    expected = written_out(q, k, v, lengths, parents, **options)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-11)
     direction = torch.randn_like(expected)
     for one, other in zip(
@@ -126,11 +159,3 @@ def test_one_answer_needs_no_tree() -> None:
     batch = collate_trees([Tree(np.arange(5, dtype=np.int32), (np.array([7, 8], np.int32),))])
     assert batch.parents is None and batch.lengths == (6,)
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_window_counts_the_tokens_of_the_ancestors_too() -> None:
-    q = torch.zeros(1, 2, 8, 8)
-    options = {"segment_lengths": (4, 4), "segment_parents": (-1, 0)}
-    split_attention(torch.nn.Module(), q, q, q, None, sliding_window=8, **options)
-    with pytest.raises(ConfigError, match="sliding_window"):
-        split_attention(torch.nn.Module(), q, q, q, None, sliding_window=7, **options)
