@@ -27,6 +27,7 @@ class Batch:
     targets: Tensor  # int64 [1, T], the token after each position, or IGNORE
     turn_ids: Tensor  # int64 [1, T], slot of the predicted token in `turns`, or -1
     weights: Tensor  # float32 [1, T], weight of the predicted token, 0 where there is no target
+    target_rows: Tensor  # int64 [num_targets], the positions that have a target, in order
     cu_seqlens: Tensor  # int32 [n + 1]
     lengths: tuple[int, ...]  # [n], the same on the host
     turns: tuple[tuple[int, int], ...]  # (number of the example in the batch, message number) of each turn slot
@@ -34,7 +35,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        return int((self.targets != IGNORE).sum())
+        return len(self.target_rows)
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor) -> Tensor:
@@ -46,6 +47,7 @@ class Batch:
             move(self.targets),
             move(self.turn_ids),
             move(self.weights),
+            move(self.target_rows),
             move(self.cu_seqlens),
             self.lengths,
             self.turns,
@@ -85,12 +87,14 @@ def collate(examples: Sequence[Example]) -> Batch:
         positions.append(np.arange(len(sample.ids)))
         weights.append(np.append(example.weights[1:], np.float32(0)))
     lengths = tuple(len(example.sample.ids) for example in examples)
+    row = _row(targets)
     return Batch(
         input_ids=_row(ids),
         position_ids=_row(positions),
-        targets=_row(targets),
+        targets=row,
         turn_ids=_row(turn_ids),
         weights=torch.from_numpy(np.concatenate(weights))[None],
+        target_rows=_target_rows(row),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
         lengths=lengths,
         turns=tuple(turns),
@@ -137,6 +141,7 @@ def collate_trees(trees: Sequence[Tree]) -> Batch:
         targets=row,
         turn_ids=_row(turn_ids),
         weights=(row != IGNORE).float(),
+        target_rows=_target_rows(row),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
         lengths=tuple(lengths),
         turns=tuple(turns),
@@ -148,6 +153,11 @@ def _row(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
 
 
+def _target_rows(targets: Tensor) -> Tensor:
+    """Found here, on the host: on a GPU the host would wait for their number."""
+    return (targets[0] != IGNORE).nonzero()[:, 0]
+
+
 def _empty() -> Batch:
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     return Batch(
@@ -156,6 +166,7 @@ def _empty() -> Batch:
         targets=torch.full((1, 1), IGNORE),
         turn_ids=torch.full((1, 1), -1),
         weights=torch.zeros(1, 1),
+        target_rows=torch.zeros(0, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
         lengths=(1,),
         turns=(),
