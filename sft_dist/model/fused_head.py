@@ -88,7 +88,7 @@ def weighted_loss(
     R may be 0: a zero that is connected to the graph.
     """
     loss, logprob, is_top = _WeightedLoss.apply(
-        rows, head.weight, head.bias, targets, weights, head.transform, terms, with_top
+        rows, head.weight, head.bias, targets, weights, head.transform, terms, with_top, torch.is_grad_enabled()
     )
     return TokenValues(logprob, is_top, loss)
 
@@ -105,16 +105,17 @@ class _WeightedLoss(torch.autograd.Function):
         transform: LogitTransform,
         terms: LossTerms,
         with_top: bool,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         head = LinearHead(weight, bias, transform)
         wide = _wide(rows)
         of_rows, of_weight, of_bias = (
-            torch.zeros_like(tensor, dtype=dtype) if is_needed and tensor is not None else None
+            torch.zeros_like(tensor, dtype=dtype) if with_gradient and is_needed and tensor is not None else None
             for tensor, dtype, is_needed in zip(
                 (rows, weight, bias), (rows.dtype, wide, wide), ctx.needs_input_grad, strict=False
             )
         )
-        is_needed = any(ctx.needs_input_grad)
+        is_needed = any(gradient is not None for gradient in (of_rows, of_weight, of_bias))
         weights = weights.to(wide)
         loss = torch.zeros((), dtype=wide, device=rows.device)
         logprobs, is_top = [], []
@@ -151,7 +152,7 @@ class _WeightedLoss(torch.autograd.Function):
             None if gradient is None else torch.mul(gradient, of_loss, out=torch.empty_like(gradient, dtype=dtype))
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 class _Softmax(NamedTuple):
