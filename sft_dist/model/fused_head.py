@@ -61,12 +61,13 @@ class TokenValues(NamedTuple):
 def chunk_rows(vocab_size: int, device_type: str) -> int:
     """Rows whose logits exist at a time.
 
-    CPU: logits that stay in the last-level cache between the passes over them. GPU: the head's gradient is read and
-    written once a chunk, which costs a share of about (4 / 3C)·(FLOP/s per byte/s) of the chunk's products: 3 % with
-    C = 8,192, 12 % with 2,048 on an H200; hence 2 GiB of logits, 4,096 rows of a vocabulary of 128k.
+    The head's float32 gradient is read and written once a chunk: 8 V D bytes against 6 C V D operations. On a GPU that
+    does 180 of these per byte (H200, bfloat16) this is 12 % of the products' time with C = 2,048 and 6 % with 4,096;
+    hence 2 GiB of logits, 4,096 rows of a vocabulary of 128k. On a CPU 256 rows are enough, and more than 128 MiB
+    gained nothing (benchmarks/head.py).
     """
     if device_type == "cpu":
-        return max(32 * _MIB // (4 * vocab_size), 64)
+        return max(128 * _MIB // (4 * vocab_size), 256)
     return min(max(2048 * _MIB // (4 * vocab_size), 2_048), 8_192)
 
 
