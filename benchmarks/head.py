@@ -125,7 +125,7 @@ def measure(way: str, case: tuple[int, int, int], device: str, repeats: int) -> 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_rows, width, generator=generator).to(device, dtype).requires_grad_()
-    weight = (torch.randn(vocab_size, width, generator=generator) * width**-0.5).to(device, dtype).requires_grad_()
+    weight = torch.randn(vocab_size, width, generator=generator).mul_(width**-0.5).to(device, dtype).requires_grad_()
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     labels[torch.arange(num_rows) % 5 >= 2] = -100
     labels = labels.to(device)
