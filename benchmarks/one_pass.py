@@ -97,7 +97,7 @@ def turn_scores(model: TokenLogprobs, batches: list[Batch]) -> list[float]:
         for batch in batches:
             slots = batch.turn_ids[0][batch.targets[0] != IGNORE]
             sums = torch.zeros(len(batch.turns), dtype=torch.float64)
-            scores += sums.index_add_(0, slots, model(batch).double()).tolist()
+            scores += sums.index_add_(0, slots, model(batch).logprob.double()).tolist()
     return scores
 
 

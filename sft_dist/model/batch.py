@@ -27,6 +27,7 @@ class Batch:
     targets: Tensor  # int64 [1, T], the token after each position, or IGNORE
     turn_ids: Tensor  # int64 [1, T], slot of the predicted token in `turns`, or -1
     weights: Tensor  # float32 [1, T], weight of the predicted token, 0 where there is no target
+    target_rows: Tensor  # int64 [num_targets], the positions that have a target, in order
     cu_seqlens: Tensor  # int32 [n + 1]
     host_cu_seqlens: Tensor  # the same, and never moved: kernels on the host read it without waiting for the device
     lengths: tuple[int, ...]  # [n], the same on the host
@@ -39,7 +40,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        return int((self.targets != IGNORE).sum())
+        return len(self.target_rows)
 
     def to(self, device: torch.device) -> "Batch":
         def move(tensor: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ class Batch:
             move(self.targets),
             move(self.turn_ids),
             move(self.weights),
+            move(self.target_rows),
             move(self.cu_seqlens),
             self.host_cu_seqlens,
             self.lengths,
@@ -92,12 +94,14 @@ def collate(examples: Sequence[Example]) -> Batch:
         weights.append(np.append(example.weights[1:], np.float32(0)))
     lengths = tuple(len(example.sample.ids) for example in examples)
     cu_seqlens = _cu_seqlens(lengths)
+    row = _row(targets)
     return Batch(
         input_ids=_row(ids),
         position_ids=_row(positions),
-        targets=_row(targets),
+        targets=row,
         turn_ids=_row(turn_ids),
         weights=torch.from_numpy(np.concatenate(weights))[None],
+        target_rows=_target_rows(row),
         cu_seqlens=cu_seqlens,
         host_cu_seqlens=cu_seqlens,
         lengths=lengths,
@@ -146,6 +150,7 @@ def collate_trees(trees: Sequence[Tree]) -> Batch:
         targets=row,
         turn_ids=_row(turn_ids),
         weights=(row != IGNORE).float(),
+        target_rows=_target_rows(row),
         cu_seqlens=cu_seqlens,
         host_cu_seqlens=cu_seqlens,
         lengths=tuple(lengths),
@@ -163,6 +168,11 @@ def _cu_seqlens(lengths: Sequence[int]) -> Tensor:
     return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
 
 
+def _target_rows(targets: Tensor) -> Tensor:
+    """Found here, on the host: on a GPU the host would wait for their number."""
+    return (targets[0] != IGNORE).nonzero()[:, 0]
+
+
 def _empty() -> Batch:
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     cu_seqlens = _cu_seqlens([1])
@@ -172,6 +182,7 @@ def _empty() -> Batch:
         targets=torch.full((1, 1), IGNORE),
         turn_ids=torch.full((1, 1), -1),
         weights=torch.zeros(1, 1),
+        target_rows=torch.zeros(0, dtype=torch.int64),
         cu_seqlens=cu_seqlens,
         host_cu_seqlens=cu_seqlens,
         lengths=(1,),

@@ -25,7 +25,8 @@ from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
 from sft_dist.model import attention, loading, zero
 from sft_dist.model.batch import Batch
-from sft_dist.model.logprobs import ONLY_LOGPROBS, TokenLogprobs, TokenValues, Wanted
+from sft_dist.model.fused_head import LossTerms, TokenValues
+from sft_dist.model.logprobs import TokenLogprobs
 
 # Keys of a DeepSpeed file that belong to the run file, and their home there.
 _DECIDED_BY_RUN_FILE = {
@@ -116,11 +117,18 @@ class Engine:
 
     def logprobs(self, batch: Batch) -> Tensor:
         """float32 [num_targets] of this rank's batch, on the device."""
-        return self.token_values(batch, ONLY_LOGPROBS).logprob
+        return self.token_values(batch).logprob
 
-    def token_values(self, batch: Batch, wanted: Wanted) -> TokenValues:
-        """The log-probs of this rank's batch and what else is wanted of each target, on the device."""
-        return TokenValues.of(self._engine(batch.to(self.device), wanted), wanted)
+    def token_values(self, batch: Batch, *, with_top: bool = False) -> TokenValues:
+        """The log-probs of this rank's batch and, with `with_top`, whether each target is the likeliest token."""
+        values: TokenValues = self._engine(batch.to(self.device), with_top=with_top)
+        return values
+
+    def loss(self, batch: Batch, terms: LossTerms, *, with_top: bool = False) -> tuple[Tensor, TokenValues]:
+        """Σ w ℓ over the targets of this rank's batch, to be given to `backward`, and their `token_values`."""
+        values: TokenValues = self._engine(batch.to(self.device), with_top=with_top, loss=terms)
+        assert values.loss is not None
+        return values.loss, values
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradient of `loss`, summed over ranks and over the backwards since the last step.

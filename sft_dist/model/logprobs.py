@@ -1,54 +1,21 @@
-"""Log-probabilities of target tokens, from hidden states at target positions only, in chunks.
+"""Log-probabilities of target tokens and their loss, from hidden states at target positions only.
 
-`TokenLogprobs` wraps a causal language model of transformers: one forward gives float32 [num_targets, columns]. The
-head is called once as a module, with the targets, so that ZeRO-3 gathers its weight once; inside, each chunk's logits
-are recomputed in the backward pass, so no more than chunk x V of them ever exist. Noise on the embeddings (NEFTune)
-is added here too, where the samples of the row are known.
+`TokenLogprobs` wraps a causal language model of transformers. The head is called once, as a module, with the targets,
+so that ZeRO-3 gathers its weight for it; what it then computes is model/fused_head.py. Noise on the embeddings
+(NEFTune) is added here too, where the samples of the row are known.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sft_dist.model.batch import IGNORE, Batch
-
-# Rows of logits at a time: 1,024 x 128k vocabulary x 4 B = 0.5 GB.
-CHUNK_ROWS = 1_024
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a forward gives of every target beside its log-prob. V is the number of rows of the head."""
-
-    log_normaliser: bool = False  # log Z = log Σ_v exp(logit_v)
-    mean_logprob: bool = False  # (1/V) Σ_v log Pr(v | all before the target)
-    is_top: bool = False  # whether the target is the likeliest token (the first of those)
-
-
-ONLY_LOGPROBS = Wanted()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenValues:
-    """What one forward says of its targets, each float32 [num_targets], None where it was not wanted."""
-
-    logprob: Tensor
-    log_normaliser: Tensor | None
-    mean_logprob: Tensor | None
-    is_top: Tensor | None  # 1 or 0
-
-    @classmethod
-    def of(cls, columns: Tensor, wanted: Wanted) -> "TokenValues":
-        """From what `TokenLogprobs` answers when it is asked for `wanted`."""
-        own = iter(columns.unbind(-1))
-        logprob = next(own)
-        flags = (wanted.log_normaliser, wanted.mean_logprob, wanted.is_top)
-        return cls(logprob, *(next(own) if flag else None for flag in flags))
+from sft_dist.errors import ConfigError
+from sft_dist.model import fused_head
+from sft_dist.model.batch import Batch
+from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, TokenValues
 
 
 class TokenLogprobs(nn.Module):
@@ -62,12 +29,14 @@ class TokenLogprobs(nn.Module):
         self.model = model
         self._neftune_alpha = neftune_alpha
         head = model.get_output_embeddings()
-        head.forward = _with_targets(head.forward, _logit_transform(model.config.get_text_config()))
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(f"model.path: its head is a {type(head).__name__}; only linear heads are known here")
+        head.forward = _with_targets(head, _logit_transform(model.config.get_text_config()))  # type: ignore[method-assign]
 
-    def forward(self, batch: Batch, wanted: Wanted = ONLY_LOGPROBS) -> Tensor:
-        """float32 [num_targets, 1 + wanted columns], in the order of the row; `TokenValues.of` names the columns.
+    def forward(self, batch: Batch, *, with_top: bool = False, loss: LossTerms | None = None) -> TokenValues:
+        """Log-probs of the batch's targets; `is_top` with `with_top`.
 
-        Column 0 is log Pr(target | all before it in its sample).
+        With `loss` also Σ w ℓ over them, w those of the batch. Nothing else can be differentiated.
         """
         alpha = self._neftune_alpha if self.training else 0.0
         with _noise(self.model.get_input_embeddings(), alpha, batch.lengths):
@@ -80,11 +49,15 @@ class TokenLogprobs(nn.Module):
                 max_seqlen=batch.max_length,
                 segment_parents=batch.parents,
             ).last_hidden_state  # [1, T, D]
-        rows = (batch.targets[0] != IGNORE).nonzero(as_tuple=True)[0]
-        columns: Tensor = self.model.get_output_embeddings()(
-            hidden[0, rows], targets=batch.targets[0, rows], wanted=wanted
+        rows = batch.target_rows
+        found: TokenValues = self.model.get_output_embeddings()(
+            hidden[0].index_select(0, rows),
+            batch.targets[0, rows],
+            weights=batch.weights[0, rows],
+            terms=loss,
+            with_top=with_top,
         )
-        return columns
+        return found
 
 
 @contextmanager
@@ -111,56 +84,34 @@ def _noise(embeddings: nn.Module, alpha: float, lengths: tuple[int, ...]) -> Ite
         hook.remove()
 
 
-def _logit_transform(config: Any) -> Callable[[Tensor], Tensor]:
+def _logit_transform(config: Any) -> LogitTransform:
     """What a model's own forward does to logits after the head (Gemma 2: softcap; Cohere, Granite: scale)."""
-    softcap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
-
-    def transform(logits: Tensor) -> Tensor:
-        if scale is not None:
-            logits = logits * scale
-        if divisor is not None:
-            logits = logits / divisor
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits
-
-    return transform
+    return LogitTransform(
+        factor=(1 if scale is None else scale) / (1 if divisor is None else divisor),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
 
 
-def _with_targets(project: Callable[[Tensor], Tensor], transform: Callable[[Tensor], Tensor]) -> Any:
-    """The head's forward, extended: with targets it answers with their log-probabilities instead of logits."""
+def _with_targets(head: nn.Linear, transform: LogitTransform) -> Callable[..., Any]:
+    """The head's forward, extended: with targets it answers with what is known of them instead of logits."""
+    project = head.forward
 
-    def chunk_columns(rows: Tensor, targets: Tensor, wanted: Wanted) -> Tensor:
-        logits = transform(project(rows)).float()  # [C, V]
-        log_normaliser = logits.logsumexp(-1)
-        columns = [logits.gather(-1, targets[:, None])[:, 0] - log_normaliser]
-        if wanted.log_normaliser:
-            columns.append(log_normaliser)
-        if wanted.mean_logprob:
-            columns.append(logits.mean(-1) - log_normaliser)
-        if wanted.is_top:
-            columns.append((logits.argmax(-1) == targets).float())
-        return torch.stack(columns, -1)
-
-    def forward(hidden: Tensor, targets: Tensor | None = None, wanted: Wanted = ONLY_LOGPROBS) -> Tensor:
+    def forward(
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        terms: LossTerms | None = None,
+        with_top: bool = False,
+    ) -> Tensor | TokenValues:
         if targets is None:
             return project(hidden)
-        # At least one chunk, if empty: the answer stays connected to the graph, and every rank enters the head.
-        starts = range(0, max(len(targets), 1), CHUNK_ROWS)
-        return torch.cat(
-            [
-                checkpoint(
-                    chunk_columns,
-                    hidden[start : start + CHUNK_ROWS],
-                    targets[start : start + CHUNK_ROWS],
-                    wanted,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-                for start in starts
-            ]
-        )
+        # Looked up now: under ZeRO-3 the weight is whole only within this call.
+        linear = LinearHead(head.weight, head.bias, transform)
+        if terms is None or weights is None:
+            return fused_head.values(hidden, targets, linear, with_top=with_top)
+        return fused_head.weighted_loss(hidden, targets, weights, linear, terms, with_top=with_top)
 
     return forward

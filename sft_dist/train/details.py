@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sft_dist.data.sample import Span
 from sft_dist.data.selection import Example
 from sft_dist.distributed import collectives
-from sft_dist.model.logprobs import TokenValues
+from sft_dist.model.fused_head import TokenValues
 
 _LAST_TURN = 8  # later ones are counted together
 _TURNS = (*map(str, range(1, _LAST_TURN + 1)), f"{_LAST_TURN + 1}+", "none")
@@ -70,7 +70,7 @@ class Details:
         """Count the targets of one forward over `examples`, in the order of the row."""
         assert values.is_top is not None
         columns = [-values.logprob, values.is_top, torch.ones_like(values.logprob)]
-        facts = torch.stack(columns, -1).detach().double().cpu().numpy()  # float64 [num_targets, 3]
+        facts = torch.stack(columns, -1).double().cpu().numpy()  # float64 [num_targets, 3]
         begin = 0
         for example in examples:
             end = begin + int((example.turns >= 0).sum())

@@ -13,7 +13,6 @@ from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World
 from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.engine import Engine
-from sft_dist.model.logprobs import Wanted
 from sft_dist.train.details import Details
 
 
@@ -73,6 +72,6 @@ def heldout_details(
     for pack in distribute(packs, world.rank, world.size, per_forward):
         examples = [selection[number] for number in pack]
         with torch.no_grad():
-            details.add(examples, engine.token_values(collate(examples), Wanted(is_top=True)))
+            details.add(examples, engine.token_values(collate(examples), with_top=True))
     details.reduce()
     return details

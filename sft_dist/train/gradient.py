@@ -32,25 +32,23 @@ def accumulate_gradient(
         step, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=config.batch.packs_per_micro_batch
     )
     denominator = plan.denominator(step)
-    wanted = objective.wanted(config.objective, with_hits=details is not None)
-    local_loss = local_nll = 0.0
+    terms = objective.loss_terms(config.objective)
+    # On the device: reading a loss would make the host wait for its forward.
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # loss, NLL
     for number, pack in enumerate(micro_batches):
         _seed_noise(config.seed, step, number, world.rank)
         examples = [selection[index] for index in pack]
         batch = collate(examples)
-        values = engine.token_values(batch, wanted)
-        loss = objective.weighted_sum(objective.token_losses(values, config.objective), batch)
+        loss, values = engine.loss(batch, terms, with_top=details is not None)
         engine.backward(loss / denominator, is_last=number == len(micro_batches) - 1)
-        local_loss += float(loss.detach())
-        if not objective.is_plain(config.objective):
-            local_nll -= float(objective.weighted_sum(values.logprob.detach(), batch))
+        loss = loss.detach()
+        nll = loss if objective.is_plain(config.objective) else objective.weighted_nll(values.logprob, batch)
+        sums += torch.stack([loss, nll])
         if details is not None:
             details.add(examples, values)
     if details is not None:
         details.reduce()
-    total_loss, total_nll = collectives.all_sum([local_loss, local_nll])
-    if objective.is_plain(config.objective):
-        total_nll = total_loss
+    total_loss, total_nll = collectives.all_sum(sums.tolist())
     return total_loss / denominator, total_nll / denominator
 
 

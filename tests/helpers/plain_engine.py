@@ -32,7 +32,7 @@ class PlainEngine:
 
     def logprobs(self, batch: Batch) -> torch.Tensor:
         self.tokens_seen += batch.input_ids.shape[1]
-        result: torch.Tensor = self._module(batch)[:, 0]
+        result: torch.Tensor = self._module(batch).logprob
         return result
 
 

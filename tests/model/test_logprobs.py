@@ -1,5 +1,6 @@
 """Log-probs of targets without ever holding all logits, in one process on a plain model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from sft_dist.data.sample import Sample, Span
 from sft_dist.data.selection import Example
-from sft_dist.model import attention, logprobs
+from sft_dist.errors import ConfigError
+from sft_dist.model import attention, fused_head
 from sft_dist.model.attention import SPLIT
-from sft_dist.model.batch import IGNORE, Batch, collate
-from sft_dist.model.logprobs import TokenLogprobs, TokenValues, Wanted
+from sft_dist.model.batch import IGNORE, collate
+from sft_dist.model.fused_head import LossTerms
+from sft_dist.model.logprobs import TokenLogprobs
 from tests.helpers.models import FAMILIES, build_model
 
 
@@ -47,11 +50,11 @@ def load(folder: Path, family: str, implementation: str) -> torch.nn.Module:
 def test_packed_logprobs_and_gradients_equal_each_sample_alone(
     folder: Path, family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(fused_head, "chunk_rows", lambda *_: 7)
     examples = [example(length, seed=length) for length in (30, 4, 17, 41)]
     packed_model = TokenLogprobs(load(folder, family, implementation))
-    packed = packed_model(collate(examples))[:, 0]
-    packed.sum().backward()
+    packed = packed_model(collate(examples), loss=LossTerms())
+    packed.loss.backward()
     alone_model = load(folder, family, "eager")
     alone = []
     for item in (e.sample for e in examples):
@@ -59,42 +62,33 @@ def test_packed_logprobs_and_gradients_equal_each_sample_alone(
         rows = alone_model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
         span = item.spans[1]
         alone += [rows[t - 1, ids[t]] for t in range(span.output_start, span.output_end)]
-    torch.stack(alone).sum().backward()
-    assert torch.allclose(packed.double(), torch.stack(alone), atol=1e-5)  # log-probs are kept in float32
+    (-torch.stack(alone).sum()).backward()
+    assert torch.allclose(packed.logprob, torch.stack(alone), atol=1e-5)  # norms compute in float32
     expected = dict(alone_model.named_parameters())
     for name, parameter in packed_model.model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5), name
 
 
-def test_what_is_wanted_beside_the_logprobs_is_that_of_the_full_logits(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 7)
+def test_log_probs_and_hits_are_those_of_the_full_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_head, "chunk_rows", lambda *_: 7)
     batch = collate([example(30, everything=True), example(17, seed=3, everything=True)])
-    wanted = Wanted(log_normaliser=True, mean_logprob=True, is_top=True)
     model, plain = TokenLogprobs(load(folder, "llama", SPLIT)), load(folder, "llama", "eager")
     # One target that is the likeliest token for sure.
     with torch.no_grad():
         row = plain(input_ids=batch.input_ids[:, :30], use_cache=False).logits[0]
     batch.targets[0, 4] = row[4].argmax()
-    values = TokenValues.of(model(batch, wanted), wanted)
+    values = model(batch, with_top=True)
     logits = torch.cat(
         [plain(input_ids=ids, use_cache=False).logits[0, :-1] for ids in batch.input_ids.split([30, 17], 1)]
     )
     targets = batch.targets[0][batch.targets[0] != IGNORE]
     everything = logits.log_softmax(-1)
-    expected = {
-        "logprob": everything.gather(-1, targets[:, None])[:, 0],
-        "log_normaliser": logits.exp().sum(-1).log(),
-        "mean_logprob": everything.mean(-1),
-        "is_top": (everything.gather(-1, targets[:, None]) >= everything.max(-1, keepdim=True).values)[:, 0].double(),
-    }
-    for name, value in expected.items():
-        assert torch.allclose(getattr(values, name).double(), value, atol=1e-5), name
-    assert 0 < expected["is_top"].sum() < len(targets)
-    only = TokenValues.of(model(batch), Wanted())
-    assert (only.log_normaliser, only.mean_logprob, only.is_top) == (None, None, None)
-    assert torch.equal(only.logprob, values.logprob)
+    logprob = everything.gather(-1, targets[:, None])
+    is_top = (logprob >= everything.max(-1, keepdim=True).values)[:, 0].double()
+    assert torch.allclose(values.logprob, logprob[:, 0], atol=1e-5)
+    assert torch.equal(values.is_top, is_top) and 0 < is_top.sum() < len(targets)
+    only = model(batch)
+    assert only.is_top is None and only.loss is None and torch.equal(only.logprob, values.logprob)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -105,7 +99,7 @@ def test_neftune_noises_each_sample_by_its_own_length_and_only_while_training(fo
     batch, plain = collate(examples), load(folder, family, "eager")
     noisy = TokenLogprobs(load(folder, family, SPLIT), neftune_alpha=alpha).train()
     torch.manual_seed(11)
-    found = noisy(batch)[:, 0]
+    found = noisy(batch).logprob
     width = plain.get_input_embeddings().weight.shape[1]
     torch.manual_seed(11)
     draws = torch.empty(1, sum(lengths), width).uniform_(-1, 1)
@@ -118,36 +112,28 @@ def test_neftune_noises_each_sample_by_its_own_length_and_only_while_training(fo
     assert torch.allclose(found.double(), torch.cat(expected), atol=1e-4)
     assert not torch.allclose(torch.cat(expected), torch.cat(quiet), atol=0.1)
     torch.manual_seed(12)
-    assert not torch.allclose(noisy(batch)[:, 0], found, atol=0.1), "the noise follows from the seed"
-    assert torch.allclose(noisy.eval()(batch)[:, 0].double(), torch.cat(quiet), atol=1e-5)
-
-
-def test_no_more_than_one_chunk_of_logits_exists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ROWS", 8)
-    model = load(folder, "llama", SPLIT)
-    head, rows_seen = model.get_output_embeddings(), []
-    project = head.forward
-    head.forward = lambda hidden: rows_seen.append(len(hidden)) or project(hidden)
-    wrapped = TokenLogprobs(model)
-    batch = collate([example(60, everything=True)])
-    wrapped(batch).sum().backward()
-    forwards = rows_seen[: len(rows_seen) // 2]
-    assert max(rows_seen) == 8 and sum(forwards) == batch.num_targets == 59
+    assert not torch.allclose(noisy(batch).logprob, found, atol=0.1), "the noise follows from the seed"
+    assert torch.allclose(noisy.eval()(batch).logprob.double(), torch.cat(quiet), atol=1e-5)
 
 
 def test_a_batch_without_targets_gives_a_connected_zero(folder: Path) -> None:
     wrapped = TokenLogprobs(load(folder, "qwen2", SPLIT))
-    for batch in (collate([]), without_targets(collate([example(9)]))):
-        result = wrapped(batch)
-        assert result.shape == (0, 1)
-        result.sum().backward()
+    for batch in (collate([]), collate([without_targets(example(9))])):
+        values = wrapped(batch, loss=LossTerms(label_smoothing=0.1, z_loss=0.1))
+        assert values.logprob.shape == (0,) and values.loss == 0
+        values.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in wrapped.parameters() if p.requires_grad)
 
 
-def without_targets(batch: Batch) -> Batch:
-    from dataclasses import replace
+def without_targets(example: Example) -> Example:
+    return replace(example, turns=np.full_like(example.turns, -1), weights=np.zeros_like(example.weights))
 
-    return replace(batch, targets=torch.full_like(batch.targets, IGNORE), weights=torch.zeros_like(batch.weights))
+
+def test_a_head_that_is_not_linear_is_refused_by_name(folder: Path) -> None:
+    model = load(folder, "llama", SPLIT)
+    model.lm_head = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="Identity"):
+        TokenLogprobs(model)
 
 
 def test_collate_shifts_once_and_restarts_positions() -> None:
@@ -158,6 +144,7 @@ def test_collate_shifts_once_and_restarts_positions() -> None:
     rows = (batch.targets[0] != IGNORE).nonzero()[:, 0].tolist()
     # Outputs: token 6 of the first sample, token 6 of the second: each is predicted one position earlier.
     assert rows == [5, 8 + 5]
+    assert batch.target_rows.tolist() == rows and batch.num_targets == 2
     assert batch.weights[0].tolist() == [1.0 if row in rows else 0.0 for row in range(16)]
     for row in rows:
         assert batch.targets[0, row] == batch.input_ids[0, row + 1]

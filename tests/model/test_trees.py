@@ -15,6 +15,7 @@ from torch import Tensor
 from sft_dist.model import segments
 from sft_dist.model.attention import SPLIT, split_attention
 from sft_dist.model.batch import IGNORE, Tree, collate_trees
+from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.logprobs import TokenLogprobs
 from tests.helpers.models import FAMILIES
 from tests.model.test_logprobs import load
@@ -126,9 +127,10 @@ def test_logprobs_and_gradients_of_trees_equal_each_answer_alone(tmp_path: Path,
     shared_model = TokenLogprobs(load(tmp_path, family, SPLIT))
     batch = collate_trees(trees)
     assert batch.input_ids.shape[1] < sum(len(t.prompt) + len(o) - 1 for t in trees for o in t.outputs) / 2
-    shared = shared_model(batch)[:, 0]
-    factors = torch.linspace(0.5, 1.5, len(shared))
-    (shared * factors).sum().backward()
+    factors = torch.linspace(0.5, 1.5, batch.num_targets)
+    batch.weights[0, batch.target_rows] = factors
+    values = shared_model(batch, loss=LossTerms())
+    values.loss.backward()
     alone_model = load(tmp_path, family, "eager")
     alone = []
     for tree in trees:
@@ -137,8 +139,8 @@ def test_logprobs_and_gradients_of_trees_equal_each_answer_alone(tmp_path: Path,
             rows = alone_model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
             alone += [rows[t - 1, ids[t]] for t in range(len(tree.prompt), len(ids))]
     reference = torch.stack(alone)
-    (reference * factors).sum().backward()
-    assert torch.allclose(shared.double(), reference, atol=1e-5)  # log-probs are kept in float32
+    (-reference * factors).sum().backward()
+    assert torch.allclose(values.logprob, reference, atol=1e-5)  # norms compute in float32
     expected = dict(alone_model.named_parameters())
     for name, parameter in shared_model.model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4), name

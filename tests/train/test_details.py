@@ -10,7 +10,7 @@ import torch
 from sft_dist.config import LoggingConfig
 from sft_dist.data.sample import Sample, Span
 from sft_dist.data.selection import Example
-from sft_dist.model.logprobs import TokenValues
+from sft_dist.model.fused_head import TokenValues
 from sft_dist.train.details import Details
 from sft_dist.train.metrics import Metrics
 
@@ -45,12 +45,10 @@ def details() -> Details:
     places = np.concatenate([np.flatnonzero(example.turns >= 0) for example in examples])
     values = TokenValues(
         logprob=-torch.tensor(places, dtype=torch.float32),
-        log_normaliser=None,
-        mean_logprob=None,
         is_top=torch.tensor(places % 2 == 0, dtype=torch.float32),
     )
-    details.add(examples[:1], TokenValues(values.logprob[:-4], None, None, values.is_top[:-4]))
-    details.add(examples[1:], TokenValues(values.logprob[-4:], None, None, values.is_top[-4:]))
+    details.add(examples[:1], TokenValues(values.logprob[:-4], values.is_top[:-4]))
+    details.add(examples[1:], TokenValues(values.logprob[-4:], values.is_top[-4:]))
     return details
 
 

@@ -1,0 +1,248 @@
+"""Log-probs of target rows, their weighted loss and its gradient, from one computation of the logits.
+
+In: hidden states of the rows that have a target, their targets and weights, and the head. Out: a value per target, and
+in training Σ w ℓ, connected to the graph. The weights are known beforehand, so the derivative by a row's logits is
+known as soon as these are: the forward takes a chunk of rows, computes its logits, overwrites them with that derivative
+and adds to the gradients of the rows and of the head. Three matrix products a chunk in all (two with the rows or the
+head frozen, one without gradients), and one chunk of logits at a time; the backward multiplies by the number that
+comes in. Nothing here knows of batches, ranks or sharding: the head's weight must be whole while the forward runs.
+
+R target rows, C rows of a chunk, V entries of the vocabulary, D hidden width. `wide` is float32, for float64 inputs
+float64: logits, log-probs, losses and the head's gradient are kept in it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """What a target costs: (1 − ε)·nll + ε·mean_v(−log p_v) + ζ·log² Z. docs/objective.md, section 5.
+
+    ε: label smoothing, Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
+    ζ: z-loss, Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, section 5.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a model does to what its head gives: z → c·tanh(factor·z / c), c the softcap; factor·z without one."""
+
+    factor: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinearHead:
+    """The last layer: logits = transform(x Wᵀ + b)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform = LogitTransform()
+
+
+class TokenValues(NamedTuple):
+    """What one forward says of its targets, in the order of the row. Only `loss` is connected to the graph."""
+
+    logprob: Tensor  # wide [R], log Pr(target | all before it in its sample)
+    is_top: Tensor | None = None  # wide [R], 1 where the target is the likeliest token (the first of those), else 0
+    loss: Tensor | None = None  # wide [], Σ w ℓ
+
+
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """Rows whose logits exist at a time.
+
+    The head's float32 gradient is read and written once a chunk: 8 V D bytes against 6 C V D operations. On a GPU that
+    does 180 of these per byte (H200, bfloat16) this is 12 % of the products' time with C = 2,048 and 6 % with 4,096;
+    hence 2 GiB of logits, 4,096 rows of a vocabulary of 128k. On a CPU 256 rows are enough, and more than 128 MiB
+    gained nothing (benchmarks/head.py).
+    """
+    if device_type == "cpu":
+        return max(128 * _MIB // (4 * vocab_size), 256)
+    return min(max(2048 * _MIB // (4 * vocab_size), 2_048), 8_192)
+
+
+def values(rows: Tensor, targets: Tensor, head: LinearHead, *, with_top: bool = False) -> TokenValues:
+    """Log-probs of targets (int64 [R]) that follow hidden rows ([R, D]), without gradients."""
+    with torch.no_grad():
+        softmaxes = [
+            _softmax(_logits(rows[chunk], head, buffer), targets[chunk], with_top=with_top, with_mean=False)
+            for chunk, buffer in _chunks(rows, head)
+        ]
+        return TokenValues(_joined([s.logprob for s in softmaxes]), _joined([s.is_top for s in softmaxes]))
+
+
+def weighted_loss(
+    rows: Tensor, targets: Tensor, weights: Tensor, head: LinearHead, terms: LossTerms, *, with_top: bool = False
+) -> TokenValues:
+    """As `values`, and the loss Σ w ℓ with weights [R], which can be differentiated once by rows, weight and bias.
+
+    R may be 0: a zero that is connected to the graph.
+    """
+    loss, logprob, is_top = _WeightedLoss.apply(
+        rows, head.weight, head.bias, targets, weights, head.transform, terms, with_top, torch.is_grad_enabled()
+    )
+    return TokenValues(logprob, is_top, loss)
+
+
+class _WeightedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        transform: LogitTransform,
+        terms: LossTerms,
+        with_top: bool,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        head = LinearHead(weight, bias, transform)
+        wide = _wide(rows)
+        of_rows, of_weight, of_bias = (
+            torch.zeros_like(tensor, dtype=dtype) if with_gradient and is_needed and tensor is not None else None
+            for tensor, dtype, is_needed in zip(
+                (rows, weight, bias), (rows.dtype, wide, wide), ctx.needs_input_grad, strict=False
+            )
+        )
+        is_needed = any(gradient is not None for gradient in (of_rows, of_weight, of_bias))
+        weights = weights.to(wide)
+        loss = torch.zeros((), dtype=wide, device=rows.device)
+        logprobs, is_top = [], []
+        for chunk, buffer in _chunks(rows, head):
+            logits = _logits(rows[chunk], head, buffer)
+            slope = _softcap_slope(logits, transform) if is_needed else None
+            softmax = _softmax(logits, targets[chunk], with_top=with_top, with_mean=bool(terms.label_smoothing))
+            loss += (weights[chunk] * _losses(softmax, terms)).sum()
+            logprobs.append(softmax.logprob)
+            is_top.append(softmax.is_top)
+            if not is_needed:
+                continue
+            gradient = _logit_gradient(softmax, targets[chunk], weights[chunk] * transform.factor, terms)  # [C, V]
+            if slope is not None:
+                gradient.mul_(slope)
+            if of_bias is not None:
+                of_bias += gradient.sum(0)
+            narrow = gradient.to(rows.dtype)
+            if of_rows is not None:
+                torch.mm(narrow, weight, out=of_rows[chunk])
+            if of_weight is not None:
+                _add_product(of_weight, narrow if rows.is_cuda else gradient, rows[chunk])
+        ctx.save_for_backward(of_rows, of_weight, of_bias)
+        ctx.dtypes = rows.dtype, weight.dtype, None if bias is None else bias.dtype
+        logprob, top = _joined(logprobs), _joined(is_top)
+        ctx.mark_non_differentiable(*(tensor for tensor in (logprob, top) if tensor is not None))
+        return loss, logprob, top
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            # Rounded once, after the product, and on the device: reading the number would make the host wait.
+            None if gradient is None else torch.mul(gradient, of_loss, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*gradients, None, None, None, None, None, None)
+
+
+class _Softmax(NamedTuple):
+    exponentials: Tensor  # [C, V], exp(z_v − max z)
+    total: Tensor  # [C], their sums
+    log_normaliser: Tensor  # [C], log Z = log Σ_v exp(z_v)
+    logprob: Tensor  # [C], of the target
+    mean_logprob: Tensor | None  # [C], (1/V) Σ_v log p_v
+    is_top: Tensor | None  # [C]
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def _chunks(rows: Tensor, head: LinearHead) -> list[tuple[slice, Tensor]]:
+    """Chunks of nearly equal size with the memory of their logits, the same for all. At least one, if it is empty."""
+    num_rows, vocab_size = len(rows), len(head.weight)
+    num_chunks = max(-(-num_rows // chunk_rows(vocab_size, rows.device.type)), 1)
+    size = -(-num_rows // num_chunks)
+    buffer = torch.empty(size, vocab_size, dtype=_wide(rows), device=rows.device)
+    starts = range(0, num_rows, size) if num_rows else (0,)
+    return [(slice(start, start + size), buffer[: min(size, num_rows - start)]) for start in starts]
+
+
+def _logits(rows: Tensor, head: LinearHead, out: Tensor) -> Tensor:
+    """wide [C, V], written to `out`: what the model's own forward gives for these rows."""
+    if rows.dtype == out.dtype:
+        torch.mm(rows, head.weight.t(), out=out)
+    elif rows.is_cuda:
+        torch.mm(rows, head.weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(rows @ head.weight.t())
+    if head.bias is not None:
+        out += head.bias
+    if head.transform.factor != 1:
+        out *= head.transform.factor
+    softcap = head.transform.softcap
+    return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
+
+
+def _add_product(out: Tensor, gradient: Tensor, rows: Tensor) -> None:
+    """out [V, D] += gradientᵀ [V, C] · rows [C, D], summed in the precision of `out`."""
+    if rows.is_cuda and rows.dtype != out.dtype:
+        torch.addmm(out, gradient.t(), rows, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, gradient.t(), rows.to(out.dtype), out=out)
+
+
+def _softmax(logits: Tensor, targets: Tensor, *, with_top: bool, with_mean: bool) -> _Softmax:
+    """Overwrites `logits`."""
+    is_top = None
+    if with_top:
+        top, places = logits.max(-1, keepdim=True)
+        is_top = (places[:, 0] == targets).to(logits.dtype)
+    else:
+        top = logits.amax(-1, keepdim=True)
+    of_target = logits.gather(-1, targets[:, None])[:, 0]
+    mean = logits.mean(-1) if with_mean else None
+    exponentials = logits.sub_(top).exp_()
+    total = exponentials.sum(-1)
+    log_normaliser = top[:, 0] + total.log()
+    mean_logprob = None if mean is None else mean - log_normaliser
+    return _Softmax(exponentials, total, log_normaliser, of_target - log_normaliser, mean_logprob, is_top)
+
+
+def _losses(softmax: _Softmax, terms: LossTerms) -> Tensor:
+    """[C]: ℓ of every target."""
+    losses = (terms.label_smoothing - 1) * softmax.logprob
+    if softmax.mean_logprob is not None:
+        losses -= terms.label_smoothing * softmax.mean_logprob
+    if terms.z_loss:
+        losses += terms.z_loss * softmax.log_normaliser**2
+    return losses
+
+
+def _logit_gradient(softmax: _Softmax, targets: Tensor, weights: Tensor, terms: LossTerms) -> Tensor:
+    """[C, V]: w ∂ℓ/∂z_v = w·[(1 + 2ζ log Z)·p_v − (1 − ε)·1(v = target) − ε/V]. Overwrites the exponentials."""
+    of_probability = weights * (1 + 2 * terms.z_loss * softmax.log_normaliser)
+    gradient = softmax.exponentials.mul_((of_probability / softmax.total)[:, None])
+    if terms.label_smoothing:
+        gradient -= (weights * (terms.label_smoothing / gradient.shape[1]))[:, None]
+    return gradient.scatter_add_(-1, targets[:, None], (weights * (terms.label_smoothing - 1))[:, None])
+
+
+def _softcap_slope(logits: Tensor, transform: LogitTransform) -> Tensor | None:
+    """[C, V]: the derivative of c·tanh(z / c) where it gives `logits`, 1 − (logits / c)²."""
+    return None if transform.softcap is None else 1 - (logits / transform.softcap) ** 2
+
+
+def _joined(parts: list[Any]) -> Any:
+    return None if parts[0] is None else torch.cat(parts)
