@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             gradient_checkpointing=case.get("gradient_checkpointing", True),
             control_tokens=case.get("control_tokens", ()),
             allow_new_parameters=case.get("allow_new_parameters", ()),
+            compile=case.get("compile", False),
         ),
         data=DataConfig(
             train=({"path": case["data"]},),
@@ -52,8 +55,13 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             chat_template=case.get("chat_template"),
         ),
         objective=ObjectiveConfig(train_on=case.get("train_on", "assistant")),
-        batch=BatchConfig(global_packs=case["global_packs"], packs_per_micro_batch=case.get("per_forward", 1)),
+        batch=BatchConfig(
+            global_packs=case["global_packs"],
+            packs_per_micro_batch=case.get("per_forward", 1),
+            reduce_once=case.get("reduce_once", "auto"),
+        ),
         optimizer=OptimizerConfig(max_grad_norm=0.0),
+        deepspeed=case.get("deepspeed", "auto"),
     )
 
 
@@ -63,7 +71,8 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
 
     config = run_config(case, folder)
     selection, plan = training_set(config)
-    engine = engines.training_engine(config, world, None)
+    with nullcontext() if case.get("leaves", True) else mock.patch.object(engines, "decoder_layers", lambda _: []):
+        engine = engines.training_engine(config, world, None)
     engine.train()
     loss, _ = accumulate_gradient(engine, selection, plan, 0, config, world)
     forwards = plan.micro_batches(
@@ -79,6 +88,7 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
         "samples": [index for pack in plan.packs(0) for index in pack],
         "num_forwards": len(forwards),
         "empty_forwards": sum(not pack for pack in forwards),
+        "settings": engine.settings,
     }
 
 
