@@ -32,13 +32,13 @@ def decoder_layers(causal_lm: Any) -> list[nn.Module]:
     return [] if _share_parameters(causal_lm, chosen) else chosen
 
 
-def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Compile each layer's forward, for any length of the row. One graph serves all layers of the same kind.
+def compile_layers(layers: Sequence[nn.Module], *, backend: str = "inductor") -> None:
+    """Compile each layer's forward, for rows of any length. One graph serves all layers that compute the same.
 
     The layers have to be ZeRO-3 leaf modules: hooks inside a graph would break it at every small module.
     """
     for layer in layers:
-        setattr(layer, "forward", torch.compile(layer.forward, dynamic=True))  # noqa: B010  (a method, for mypy)
+        setattr(layer, "forward", torch.compile(layer.forward, dynamic=True, backend=backend))  # noqa: B010
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:

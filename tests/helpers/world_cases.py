@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,13 +16,16 @@ import torch
 from sft_dist.config import BatchConfig, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import prepare
-from sft_dist.data.selection import Policy, Selection
+from sft_dist.data.sample import Sample
+from sft_dist.data.selection import Example, Policy, Selection
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import StorageError
 from sft_dist.model import engine as engines
 from sft_dist.model import zero
+from sft_dist.model.batch import collate
+from sft_dist.model.layers import compile_layers
 from sft_dist.preparation import training_set
 from sft_dist.session import close_session, open_session
 from sft_dist.train import checkpoint
@@ -123,6 +126,36 @@ def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, 
     for pack in distribute(scoring_packs(selection), world.rank, world.size, 2):
         found += [(s.example, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, selection, pack)]
     return sorted(item for part in collectives.gather(found) for item in part)
+
+
+def compiled(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Losses and gradient norms of steps over packs of changing layouts, and the graphs that existed after each."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    # Without inductor: what is asked is how often dynamo captures a layer, not what the graph becomes.
+    capture = partial(compile_layers, backend="aot_eager")
+    with mock.patch.object(engines, "compile_layers", capture):
+        engine = engines.training_engine(run_config(case, folder), world, None)
+    engine.train()
+    answer: dict[str, Any] = {"losses": [], "norms": [], "graphs": []}
+    for step, lengths in enumerate(case["packs"]):
+        rng = np.random.default_rng([step, world.rank])
+        batch = collate([random_example(length, rng) for length in lengths])
+        loss = -engine.logprobs(batch).sum()
+        engine.backward(loss, is_last=True)
+        answer["losses"].append(collectives.all_sum([float(loss.detach())])[0])
+        answer["norms"].append(engine.step()[1])
+        answer["graphs"].append(counters["stats"]["unique_graphs"])
+    return answer | {"breaks": dict(counters["graph_break"])}
+
+
+def random_example(length: int, rng: np.random.Generator) -> Example:
+    ids = rng.integers(3, 260, length).astype(np.int32)
+    turns = np.where(np.arange(length) > 2, 0, -1).astype(np.int32)
+    return Example(Sample("s", 0, "test", ids, (), num_turns=1), turns, (turns >= 0).astype(np.float32))
 
 
 def parameters(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
@@ -235,6 +268,7 @@ CASES = {
     "repeated_gradient": repeated_gradient,
     "scores": scores,
     "parameters": parameters,
+    "compiled": compiled,
     "full_disk": full_disk,
     "objective": objective,
     "heldout": heldout,
