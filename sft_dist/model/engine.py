@@ -150,6 +150,7 @@ class Engine:
             if is_last:
                 self._is_open = False
                 self._reduction.close()  # reduces
+                self._engine.set_gradient_accumulation_boundary(True)  # DeepSpeed puts back what was set before it
 
     def _cast_gradients(self, dtype: torch.dtype | None) -> None:
         """Whole gradients in `dtype`, or in that of their parameters: summed in float32, sent as weights are."""

@@ -128,6 +128,38 @@ def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, 
     return sorted(item for part in collectives.gather(found) for item in part)
 
 
+def stepped(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Gradient norms of steps that were really taken, and the parameters after them."""
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    engine = engines.training_engine(config, world, None)
+    engine.train()
+    norms = []
+    for step in range(case["steps"]):
+        engine.set_lr(0.1)
+        accumulate_gradient(engine, selection, plan, step, config, world)
+        applied, norm = engine.step()
+        assert applied
+        norms.append(norm)
+    whole = {}
+    for name, parameter in engine.causal_lm.named_parameters():
+        with zero.gathered(parameter):
+            whole[name] = parameter.detach().clone()
+    return {"norms": norms, "parameters": whole}
+
+
+def same_again(case: dict[str, Any], folder: Path, world: World) -> dict[str, torch.Tensor]:
+    """The whole gradient of a step of sixteen micro-batches that are all the same."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = engines.training_engine(run_config(case, folder), world, None)
+    engine.train()
+    batch = collate([random_example(length, np.random.default_rng(world.rank)) for length in (30, 50)])
+    for number in range(16):
+        engine.backward(-engine.logprobs(batch).mean(), is_last=number == 15)
+    return {name: safe_get_full_grad(p).clone() for name, p in engine.causal_lm.named_parameters()}
+
+
 def compiled(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """Losses and gradient norms of steps over packs of changing layouts, and the graphs that existed after each."""
     import torch._dynamo
@@ -268,6 +300,8 @@ CASES = {
     "repeated_gradient": repeated_gradient,
     "scores": scores,
     "parameters": parameters,
+    "stepped": stepped,
+    "same_again": same_again,
     "compiled": compiled,
     "full_disk": full_disk,
     "objective": objective,
