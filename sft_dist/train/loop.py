@@ -239,6 +239,7 @@ class Run:
             "packs": plan.num_packs,
             "fill": plan.fill,
             "ranks": self.world.size,
+            "deepspeed": self.engine.settings,
             "steps": state.step,
             "planned_steps": plan.num_steps,
             "trained_tokens": state.num_tokens,

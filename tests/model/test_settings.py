@@ -15,6 +15,7 @@ from tests.helpers.models import build_model
 from tests.helpers.worlds import run_world
 
 GIB = 2**30
+OFFLOADING = ("zero3_offload_optimizer", "zero3_offload_all")
 
 
 @st.composite
@@ -136,7 +137,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obj
         "parameters": {"case": "parameters", "deepspeed": str(folder / "own.json")},
         "steps each": {"case": "stepped", "steps": 2, "reduce_once": False},
         "steps once": {"case": "stepped", "steps": 2, "reduce_once": True},
+        "steps zero3": {"case": "stepped", "steps": 2, "reduce_once": False, "deepspeed": "zero3"},
     }
+    for layout in OFFLOADING:
+        cases[f"steps {layout} each"] = cases["steps each"] | {"deepspeed": layout}
+        cases[f"steps {layout} once"] = cases["steps once"] | {"deepspeed": layout}
     found = run_world(2, [common | case for case in cases.values()], folder / "world")
     return dict(zip(cases, found, strict=True))
 
@@ -166,8 +171,12 @@ def test_in_bfloat16_a_gradient_reduced_once_is_summed_in_float32(answers: dict[
 
 
 @pytest.mark.slow
-def test_steps_are_taken_with_the_gradient_that_is_reduced_once(answers: dict[str, dict]) -> None:
-    each, once = answers["steps each"], answers["steps once"]
+@pytest.mark.parametrize(
+    "name",
+    ["steps once", "steps zero3", *(f"steps {layout} {how}" for layout in OFFLOADING for how in ("each", "once"))],
+)
+def test_the_same_steps_are_taken_reduced_once_and_offloaded(answers: dict[str, dict], name: str) -> None:
+    each, once = answers["steps each"], answers[name]
     assert once["norms"] == pytest.approx(each["norms"], rel=1e-4) and min(each["norms"]) > 0
     for name, value in each["parameters"].items():
         assert torch.allclose(once["parameters"][name], value, rtol=1e-3, atol=1e-3), name
