@@ -200,12 +200,16 @@ def cases() -> list[Case]:
     ]
 
 
-def run_rank(folder: Path) -> None:
-    """One rank of the world that `main` starts."""
+def run_rank(folder: Path, names: list[str]) -> None:
+    """One rank of the world that `main` starts, over the cases of these names."""
     world = find_world(os.environ)
     open_session(world)
     recorder = Recorder()
-    rows = [asdict(case) | measure(case, folder / "model", folder, world, recorder) for case in cases()]
+    rows = [
+        asdict(case) | measure(case, folder / "model", folder, world, recorder)
+        for case in cases()
+        if case.name in names
+    ]
     if world.is_main:
         (folder / "rows.json").write_text(json.dumps(rows))
     close_session()
@@ -217,13 +221,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cases", nargs="+", default=[case.name for case in cases()], help="only these, by name")
     options = parser.parse_args()
     if options.rank_of is not None:
-        run_rank(options.rank_of)
+        run_rank(options.rank_of, options.cases)
     with tempfile.TemporaryDirectory() as folder:
         num_parameters = build_model(Path(folder) / "model")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        subprocess.run([*command, __file__, "--rank-of", folder], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command += [__file__, "--rank-of", folder, "--cases", *options.cases]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         rows = json.loads((Path(folder) / "rows.json").read_text())
     for row in rows:
         calls, units = row["calls"], row["in_model_bytes"]
