@@ -77,6 +77,8 @@ class ModelConfig(Section):
     lack split (conversation by conversation), else transformers' masked kernels sdpa and eager."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: less memory, about a third more work."""
+    compile: bool = False
+    """Compile each decoder layer (torch.compile): a minute at the start, fewer and faster kernels after it."""
     allow_new_parameters: tuple[str, ...] = ()
     """Name patterns (fnmatch) of parameters that may be absent in the pre-trained files and start at random."""
     trust_remote_code: bool = False
@@ -151,6 +153,8 @@ class BatchConfig(Section):
     """Packs that one rank processes in one forward pass."""
     balance_steps: Annotated[int, Field(ge=1)] = 1
     """Steps whose packs are dealt to them by predicted cost: ranks wait less, lengths differ more between steps."""
+    reduce_once: bool | Literal["auto"] = "auto"
+    """Sum a step's gradient on each rank (4 bytes a parameter) and reduce it once; auto: where memory allows."""
 
 
 class OptimizerConfig(Section):

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 import sft_dist
 from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
+from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
-from sft_dist.model import attention, loading, zero
+from sft_dist.model import attention, loading, sharding, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
+from sft_dist.model.layers import compile_layers, decoder_layers
 from sft_dist.model.logprobs import TokenLogprobs
 
 # Keys of a DeepSpeed file that belong to the run file, and their home there.
@@ -96,11 +98,21 @@ def resolve_deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 
 class Engine:
-    """One model over all ranks. Every method is called by all ranks at the same line."""
+    """One model over all ranks. Every method is called by all ranks at the same line.
 
-    def __init__(self, engine: Any, world: World) -> None:
+    `reduce_once`: the micro-batches of a step add up their gradients on each rank, and the last one reduces the sum.
+    `settings`: what was derived from the model and the memory at hand, for the record.
+    """
+
+    def __init__(
+        self, engine: Any, world: World, *, reduce_once: bool = False, settings: dict[str, Any] | None = None
+    ) -> None:
+        self.settings = settings or {}
         self._engine = engine
         self._world = world
+        self._reduce_once = reduce_once
+        self._reduction = ExitStack()  # open between the first backward of a step and its last
+        self._is_open = False
         self._failures: list[str] = []
 
     @property
@@ -137,7 +149,23 @@ class Engine:
         hence times W here, and nowhere else.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
+        if self._reduce_once and not self._is_open and not is_last:
+            self._reduction.enter_context(self._engine.coalesce_grad_reduction())
+            self._is_open = True
         self._engine.backward(loss * self._world.size)
+        if self._is_open:
+            self._cast_gradients(None if is_last else torch.float32)
+            if is_last:
+                self._is_open = False
+                self._reduction.close()  # reduces
+                self._engine.set_gradient_accumulation_boundary(True)  # DeepSpeed puts back what was set before it
+
+    def _cast_gradients(self, dtype: torch.dtype | None) -> None:
+        """Whole gradients in `dtype`, or in that of their parameters: summed in float32, sent as weights are."""
+        for parameter in self._engine.module.parameters():
+            wanted = dtype or parameter.dtype
+            if parameter.grad is not None and parameter.grad.dtype is not wanted:
+                parameter.grad.data = parameter.grad.data.to(wanted)
 
     def step(self) -> tuple[bool, float]:
         """Clip and update. Returns whether DeepSpeed applied the step, and the gradient norm before clipping."""
@@ -220,9 +248,11 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, world, tree, initial, seed=config.seed)
+    model, layers = _sharded_model(config, world, tree, initial, seed=config.seed)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
+    if config.model.compile:
+        compile_layers(layers)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.optimizer),
         lr=config.optimizer.learning_rate,
@@ -230,8 +260,31 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available(),
     )
+    element_bytes = model.model.dtype.itemsize
+    shapes = sharding.shapes_of(model.model, layers)
+    shards = sharding.state_bytes(shapes.total, world_size=world.size, element_bytes=element_bytes)
+    budget = sharding.memory_budget(_device_bytes(world), shards)
+    derived = sharding.training_settings(
+        shapes, world_size=world.size, element_bytes=element_bytes, memory_budget_bytes=budget
+    )
+    tree = sharding.filled(tree, derived.values)
+    num_micro_batches = -(-config.batch.global_packs // (world.size * config.batch.packs_per_micro_batch))
+    reduce_once = sharding.reduces_once(
+        config.batch.reduce_once,
+        shapes,
+        derived,
+        num_micro_batches=num_micro_batches if world.size > 1 else 1,
+        memory_budget_bytes=budget,
+    )
+    if reduce_once:
+        for parameter in model.parameters():
+            parameter.grad_dtype = None  # any: the gradient of bfloat16 weights is summed in float32
+    used = {name: tree["zero_optimization"][name] for name in derived.values}
+    if world.is_main:
+        say(f"ZeRO-3 over {world.size:,} rank(s): {sharding.in_short(layers, used, derived, reduce_once)}")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
-    result = Engine(engine, world)
+    settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
+    result = Engine(engine, world, reduce_once=reduce_once, settings=settings)
     result.use_safe_files()
     return result
 
@@ -244,18 +297,34 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None) -> E
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model = _sharded_model(config, world, tree, weights, seed=None if weights is None else config.seed)
+    model, layers = _sharded_model(config, world, tree, weights, seed=None if weights is None else config.seed)
     model.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(model=model, config=tree)
+    if config.model.compile:
+        compile_layers(layers)
+    element_bytes = model.model.dtype.itemsize
+    shapes = sharding.shapes_of(model.model, layers)
+    budget = sharding.memory_budget(_device_bytes(world), -(-shapes.total * element_bytes // world.size))
+    values = sharding.inference_settings(shapes, element_bytes=element_bytes, memory_budget_bytes=budget)
+    engine, *_ = deepspeed.initialize(model=model, config=sharding.filled(tree, values))
     engine.eval()
-    return Engine(engine, world)
+    return Engine(engine, world, settings=values)
+
+
+def _device_bytes(world: World) -> int:
+    """Memory for each rank's device: that of the smallest one, since all ranks need the same settings. A collective."""
+    if torch.cuda.is_available():
+        own = torch.cuda.get_device_properties(world.local_rank).total_memory
+    else:
+        own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
+    return -int(collectives.all_max([-own])[0])
 
 
 def _sharded_model(
     config: RunConfig, world: World, tree: dict[str, Any], weights: Path | None, *, seed: int | None
-) -> TokenLogprobs:
+) -> tuple[TokenLogprobs, list[nn.Module]]:
+    """The model, and its decoder layers as leaves of ZeRO-3."""
     import deepspeed
-    from deepspeed.utils import set_z3_leaf_modules
+    from deepspeed.utils import set_z3_leaf_module
     from transformers.integrations import HfDeepSpeedConfig
 
     _quiet()
@@ -286,14 +355,15 @@ def _sharded_model(
     if chosen.reason is not None and world.is_main:
         say(chosen.reason)
     del announced
-    layers = [type(m) for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    if layers:
-        # One gather per decoder layer instead of one per small module inside it.
-        set_z3_leaf_modules(model, list(dict.fromkeys(layers)))
+    layers = decoder_layers(model)
+    for layer in layers:
+        set_z3_leaf_module(layer, True)  # one gather per decoder layer instead of one per small module inside it
+    if not layers and world.is_main:
+        say(f"model.path: no decoder layers found in {type(model).__name__}: every module of it is gathered by itself")
     wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
     if weights is not None:
         zero.assign(model, stored_parameters(weights))
-    return wrapped
+    return wrapped, layers
 
 
 def _parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:

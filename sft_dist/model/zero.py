@@ -129,6 +129,11 @@ def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
     return context
 
 
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, sharded or not."""
+    return math.prod(_whole_shape(parameter))
+
+
 def is_vector(parameter: nn.Parameter) -> bool:
     """Norm weights and biases: what weight decay leaves alone."""
     return len(_whole_shape(parameter)) < 2

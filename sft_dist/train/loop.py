@@ -240,6 +240,7 @@ class Run:
             "fill": plan.fill,
             "balance": plan.balance(self.world.size, self.config.batch.packs_per_micro_batch),
             "ranks": self.world.size,
+            "deepspeed": self.engine.settings,
             "steps": state.step,
             "planned_steps": plan.num_steps,
             "trained_tokens": state.num_tokens,

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import sys
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,13 +16,16 @@ import torch
 from sft_dist.config import BatchConfig, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import prepare
-from sft_dist.data.selection import Policy, Selection
+from sft_dist.data.sample import Sample
+from sft_dist.data.selection import Example, Policy, Selection
 from sft_dist.data.store import PreparedDataset
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import StorageError
 from sft_dist.model import engine as engines
 from sft_dist.model import zero
+from sft_dist.model.batch import collate
+from sft_dist.model.layers import compile_layers
 from sft_dist.preparation import training_set
 from sft_dist.session import close_session, open_session
 from sft_dist.train import checkpoint
@@ -43,6 +48,7 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             gradient_checkpointing=case.get("gradient_checkpointing", True),
             control_tokens=case.get("control_tokens", ()),
             allow_new_parameters=case.get("allow_new_parameters", ()),
+            compile=case.get("compile", False),
         ),
         data=DataConfig(
             train=({"path": case["data"]},),
@@ -52,8 +58,13 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             chat_template=case.get("chat_template"),
         ),
         objective=ObjectiveConfig(train_on=case.get("train_on", "assistant")),
-        batch=BatchConfig(global_packs=case["global_packs"], packs_per_micro_batch=case.get("per_forward", 1)),
+        batch=BatchConfig(
+            global_packs=case["global_packs"],
+            packs_per_micro_batch=case.get("per_forward", 1),
+            reduce_once=case.get("reduce_once", "auto"),
+        ),
         optimizer=OptimizerConfig(max_grad_norm=0.0),
+        deepspeed=case.get("deepspeed", "auto"),
     )
 
 
@@ -63,7 +74,8 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
 
     config = run_config(case, folder)
     selection, plan = training_set(config)
-    engine = engines.training_engine(config, world, None)
+    with nullcontext() if case.get("leaves", True) else mock.patch.object(engines, "decoder_layers", lambda _: []):
+        engine = engines.training_engine(config, world, None)
     engine.train()
     loss, _ = accumulate_gradient(engine, selection, plan, 0, config, world)
     forwards = plan.micro_batches(
@@ -79,6 +91,7 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
         "samples": [index for pack in plan.packs(0) for index in pack],
         "num_forwards": len(forwards),
         "empty_forwards": sum(not pack for pack in forwards),
+        "settings": engine.settings,
     }
 
 
@@ -113,6 +126,68 @@ def scores(case: dict[str, Any], folder: Path, world: World) -> list[tuple[int, 
     for pack in distribute(scoring_packs(selection), world.rank, world.size, 2):
         found += [(s.example, s.message, s.num_tokens, s.logprob) for s in score_pack(engine, selection, pack)]
     return sorted(item for part in collectives.gather(found) for item in part)
+
+
+def stepped(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Gradient norms of steps that were really taken, and the parameters after them."""
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    engine = engines.training_engine(config, world, None)
+    engine.train()
+    norms = []
+    for step in range(case["steps"]):
+        engine.set_lr(0.1)
+        accumulate_gradient(engine, selection, plan, step, config, world)
+        applied, norm = engine.step()
+        assert applied
+        norms.append(norm)
+    whole = {}
+    for name, parameter in engine.causal_lm.named_parameters():
+        with zero.gathered(parameter):
+            whole[name] = parameter.detach().clone()
+    return {"norms": norms, "parameters": whole}
+
+
+def same_again(case: dict[str, Any], folder: Path, world: World) -> dict[str, torch.Tensor]:
+    """The whole gradient of a step of sixteen micro-batches that are all the same."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = engines.training_engine(run_config(case, folder), world, None)
+    engine.train()
+    batch = collate([random_example(length, np.random.default_rng(world.rank)) for length in (30, 50)])
+    for number in range(16):
+        engine.backward(-engine.logprobs(batch).mean(), is_last=number == 15)
+    return {name: safe_get_full_grad(p).clone() for name, p in engine.causal_lm.named_parameters()}
+
+
+def compiled(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Losses and gradient norms of steps over packs of changing layouts, and the graphs that existed after each."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    # Without inductor: what is asked is how often dynamo captures a layer, not what the graph becomes.
+    capture = partial(compile_layers, backend="aot_eager")
+    with mock.patch.object(engines, "compile_layers", capture):
+        engine = engines.training_engine(run_config(case, folder), world, None)
+    engine.train()
+    answer: dict[str, Any] = {"losses": [], "norms": [], "graphs": []}
+    for step, lengths in enumerate(case["packs"]):
+        rng = np.random.default_rng([step, world.rank])
+        batch = collate([random_example(length, rng) for length in lengths])
+        loss = -engine.logprobs(batch).sum()
+        engine.backward(loss, is_last=True)
+        answer["losses"].append(collectives.all_sum([float(loss.detach())])[0])
+        answer["norms"].append(engine.step()[1])
+        answer["graphs"].append(counters["stats"]["unique_graphs"])
+    return answer | {"breaks": dict(counters["graph_break"])}
+
+
+def random_example(length: int, rng: np.random.Generator) -> Example:
+    ids = rng.integers(3, 260, length).astype(np.int32)
+    turns = np.where(np.arange(length) > 2, 0, -1).astype(np.int32)
+    return Example(Sample("s", 0, "test", ids, (), num_turns=1), turns, (turns >= 0).astype(np.float32))
 
 
 def parameters(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
@@ -225,6 +300,9 @@ CASES = {
     "repeated_gradient": repeated_gradient,
     "scores": scores,
     "parameters": parameters,
+    "stepped": stepped,
+    "same_again": same_again,
+    "compiled": compiled,
     "full_disk": full_disk,
     "objective": objective,
     "heldout": heldout,
