@@ -78,7 +78,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             config = _config(options)
             from sft_dist import training
 
-            return training.run(config, os.environ)
+            return training.run(config, os.environ, with_profile=options.profile)
         case "verify":
             config = _config(options)
             from sft_dist import verify
@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _run_file_verb(verbs, "inspect", "show conversations with trained tokens marked, and statistics")
     inspect.add_argument("--id", help="show the conversation with this id")
     inspect.add_argument("--num", type=_positive, default=2, help="how many conversations to show (default 2)")
-    _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
+    train = _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
+    train.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN_DIR/profile")
     verify = _run_file_verb(verbs, "verify", "check rendering, packing, turns and layout on this model and data")
     verify.add_argument("--num", type=_positive, default=8, help="how many conversations to take (default 8)")
     score = _run_file_verb(verbs, "score", "log-probability of every answer, as JSON Lines in input order; resumable")
