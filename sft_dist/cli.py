@@ -79,6 +79,13 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             from sft_dist import training
 
             return training.run(config, os.environ, with_profile=options.profile)
+        case "estimate":
+            config = _config(options)
+            from sft_dist import estimate
+
+            return estimate.run(
+                config, num_gpus=options.gpus, gpu_memory_gib=options.gpu_memory, device_name=options.device
+            )
         case "verify":
             config = _config(options)
             from sft_dist import verify
@@ -175,6 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--num", type=_positive, default=2, help="how many conversations to show (default 2)")
     train = _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
     train.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN_DIR/profile")
+    estimate = _run_file_verb(verbs, "estimate", "memory, steps, time and disk of a run, without GPU or weights")
+    estimate.add_argument("--gpus", type=_positive, metavar="N", help="GPUs, or CPU ranks (default: those here, or 1)")
+    estimate.add_argument("--gpu-memory", type=_positive, metavar="GIB", help="of one GPU (default: by its name)")
+    estimate.add_argument("--device", metavar="NAME", help="H200, A100, CPU ... (default: what this machine has)")
     verify = _run_file_verb(verbs, "verify", "check rendering, packing, turns and layout on this model and data")
     verify.add_argument("--num", type=_positive, default=8, help="how many conversations to take (default 8)")
     score = _run_file_verb(verbs, "score", "log-probability of every answer, as JSON Lines in input order; resumable")

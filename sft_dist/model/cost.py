@@ -6,85 +6,94 @@ Formulas over plain numbers; the numbers are read off a model's modules, whose w
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-# Dense bfloat16 matrix products of the maker's data sheet, FLOP/s; the first name that stands in the device's counts.
-_PEAKS = (
-    ("GH200", 989e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H800", 989e12),
-    ("H20", 148e12),
-    ("B300", 2250e12),
-    ("B200", 2250e12),
-    ("GB200", 2250e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A40", 149.7e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71e12),
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Facts of a data sheet: of the fast, directly linked variant where a name has several."""
+
+    name: str
+    flops_per_s: float  # dense bfloat16 matrix products
+    memory_gib: float  # as the driver reports it
+    link_bytes_per_s: float  # to the other GPUs of a node, one direction, about what collectives reach of it
+
+
+# The first whose name stands in the device's counts.
+GPUS = (
+    Gpu("GH200", 989e12, 95, 350e9),
+    Gpu("H200", 989e12, 140, 350e9),
+    Gpu("H100 PCIe", 756e12, 79, 25e9),
+    Gpu("H100 NVL", 835e12, 93, 25e9),
+    Gpu("H100", 989e12, 79, 350e9),
+    Gpu("H800", 989e12, 79, 160e9),
+    Gpu("H20", 148e12, 95, 350e9),
+    Gpu("B300", 2250e12, 268, 700e9),
+    Gpu("GB200", 2250e12, 184, 700e9),
+    Gpu("B200", 2250e12, 178, 700e9),
+    Gpu("A100", 312e12, 79, 230e9),
+    Gpu("A800", 312e12, 79, 160e9),
+    Gpu("A40", 149.7e12, 44, 20e9),
+    Gpu("A10G", 70e12, 22, 20e9),
+    Gpu("A10", 125e12, 22, 20e9),
+    Gpu("L40S", 362e12, 44, 20e9),
+    Gpu("L40", 181e12, 44, 20e9),
+    Gpu("L4", 121e12, 22, 20e9),
+    Gpu("RTX 4090", 165.2e12, 23, 20e9),
+    Gpu("RTX 3090", 71e12, 23, 20e9),
 )
 _MEASURE_S = 0.2
+
+Recomputation = Literal["none", "full"]
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """The numbers of a decoder that its operations follow from."""
+    """FLOPs of forward and backward by what they are proportional to."""
 
-    layer_weights: int  # L P_l: entries of the matrices that a token meets in all layers (of experts, the chosen ones)
-    attention_width: int  # L q: heads x head size, summed over layers
-    hidden_size: int  # h
-    vocab_size: int  # V, rows of the head
+    linear_per_token: float  # 6 L P_l: two per weight forward, four backward; of experts, the chosen ones
+    attention_per_pair: float  # 12 L q: per pair of a token and one that it attends to, q = heads x head size
+    head_per_target: float  # 6 h V
 
-    def model_flops(self, num_tokens: int, num_targets: int, lengths: NDArray[np.integer]) -> float:
-        """Forward and backward of num_tokens tokens in samples of these lengths, without recomputation.
+    def flops(self, lengths: NDArray[np.integer], num_targets: int) -> float:
+        """Model FLOPs of samples together: 6 L P_l T + 6 L q Σ l (l + 1) + 6 h V R, for R targets.
 
-        6 L P_l T + 6 h V R + 6 L q Σ l (l + 1): two operations per weight and token forward, four backward; the head at
-        target positions only; causal attention, half of the square. The weights after Kaplan et al., "Scaling Laws for
-        Neural Language Models", 2020, section 2.1; the square after Chowdhery et al. (`palm_flops`), halved.
+        The weights after Kaplan et al., "Scaling Laws for Neural Language Models", 2020, section 2.1; attention as
+        Chowdhery et al. (`palm_flops`), but over the causal half of each sample's square.
         """
-        pairs = float((lengths.astype(np.float64) * (lengths + 1)).sum())
+        sizes = np.asarray(lengths, np.float64)
+        pairs = float((sizes * (sizes + 1)).sum() / 2)
         return (
-            6.0 * self.layer_weights * num_tokens
-            + 6.0 * self.hidden_size * self.vocab_size * num_targets
-            + 6.0 * self.attention_width * pairs
+            self.linear_per_token * float(sizes.sum())
+            + self.attention_per_pair * pairs
+            + self.head_per_target * num_targets
         )
 
-    def palm_flops(self, num_tokens: int, row_length: int) -> float:
-        """6 (L P_l + h V) T + 12 L q S T: the whole square of rows of S tokens, and the head at every position.
+    def palm_flops(self, num_tokens: int, sequence_length: int) -> float:
+        """(6 (L P_l + h V) + 12 L q S) T: the whole square of rows of S tokens, and the head at every position.
 
         Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B.
         """
-        weights = self.layer_weights + self.hidden_size * self.vocab_size
-        return 6.0 * weights * num_tokens + 12.0 * self.attention_width * row_length * num_tokens
+        return (self.linear_per_token + self.head_per_target + self.attention_per_pair * sequence_length) * num_tokens
 
-    def hardware_flops(
-        self, num_tokens: int, num_targets: int, lengths: NDArray[np.integer], *, recomputes_layers: bool
-    ) -> float:
-        """What is computed: with the layers' forward once more in the backward pass, and attention's scores anew there.
+    def with_recomputation(self, recomputation: Recomputation) -> "CostModel":
+        """FLOPs that the hardware runs with a fused attention kernel, which computes its scores anew in the backward.
 
-        8 (6 without recomputation) L P_l T + 6 h V R + 9 (7) L q Σ l (l + 1). Korthikanti et al., "Reducing Activation
-        Recomputation in Large Transformer Models", 2022, section 6; that a fused attention's backward takes 5 products
-        where its forward takes 2: Dao, "FlashAttention-2", 2023, section 3.1.
+        7 for 6 of attention; with every layer's forward run again 9 for 6, and 8 for 6 of the weights. Korthikanti et
+        al., "Reducing Activation Recomputation in Large Transformer Models", 2022, section 6; Dao, "FlashAttention-2",
+        2023, section 3.1.
         """
-        pairs = float((lengths.astype(np.float64) * (lengths + 1)).sum())
-        return (
-            (8.0 if recomputes_layers else 6.0) * self.layer_weights * num_tokens
-            + 6.0 * self.hidden_size * self.vocab_size * num_targets
-            + (9.0 if recomputes_layers else 7.0) * self.attention_width * pairs
+        linear, attention = {"none": (6, 7), "full": (8, 9)}[recomputation]
+        return replace(
+            self,
+            linear_per_token=self.linear_per_token * linear / 6,
+            attention_per_pair=self.attention_per_pair * attention / 6,
         )
 
 
@@ -107,11 +116,11 @@ def cost_model(causal_lm: Any) -> CostModel | None:
     if not layers or not isinstance(heads, int):
         return None
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    num_rows, width = shape_of(causal_lm.get_output_embeddings().weight)
     return CostModel(
-        layer_weights=sum(round(weights) for layer in layers for weights in _weights_met(layer, config)),
-        attention_width=len(layers) * heads * head_size,
-        hidden_size=config.hidden_size,
-        vocab_size=shape_of(causal_lm.get_output_embeddings().weight)[0],
+        linear_per_token=6.0 * sum(weights for layer in layers for weights in _weights_met(layer, config)),
+        attention_per_pair=12.0 * len(layers) * heads * head_size,
+        head_per_target=6.0 * num_rows * width,
     )
 
 
@@ -140,21 +149,21 @@ def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def peak_of_name(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by its maker's data sheet, None where it is not known."""
-    normal = re.sub(r"[-_]", " ", device_name)
-    return next((peak for name, peak in _PEAKS if re.search(rf"(?i)\b{name}\b", normal)), None)
+def gpu_of_name(device_name: str) -> Gpu | None:
+    """What its maker says of a GPU; None where it is not known here."""
+    words = re.sub(r"[-_]", " ", device_name)
+    return next((gpu for gpu in GPUS if re.search(rf"(?i)\b{gpu.name}\b", words)), None)
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The data sheet's rate of a known GPU in bfloat16, else the rate of matrix products measured now (under 1 s)."""
     if device.type == "cuda" and dtype is torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = peak_of_name(name)
+        known = gpu_of_name(name)
         if known is not None:
-            return Peak(known, f"{known / 1e12:,.0f} TFLOP/s ({name}, dense bfloat16)")
+            return Peak(known.flops_per_s, f"{rate_name(known.flops_per_s)} ({name}, dense bfloat16)")
     rate = matrix_rate(device, dtype)
-    return Peak(rate, f"the measured matrix rate, {_flops(rate)} in {str(dtype).removeprefix('torch.')}")
+    return Peak(rate, f"the measured matrix rate, {rate_name(rate)} in {str(dtype).removeprefix('torch.')}")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -180,5 +189,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _flops(rate: float) -> str:
+def rate_name(rate: float) -> str:
+    """`989 TFLOP/s`, `61 GFLOP/s`"""
     return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"

@@ -301,6 +301,7 @@ class Run:
             "mfu": None if speed is None else speed.mfu,
             "mfu_palm": None if speed is None else speed.mfu_palm,
             "peak_flops_per_s": self._meter.flops_per_s,
+            "memory_gib": _peak_memory_gib(self.engine.device),
             "time_shares": self._meter.shares(),
             "heldout_nll_before": state.heldout_nll_before,
             "heldout_nll_best": state.heldout_nll_best,

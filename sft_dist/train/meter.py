@@ -150,7 +150,7 @@ class Meter:
         num_tokens = int(lengths.sum())
         exact = palm = None
         if self._cost is not None:
-            exact = self._cost.model_flops(num_tokens, num_targets, lengths)
+            exact = self._cost.flops(lengths, num_targets)
             palm = self._cost.palm_flops(num_tokens, self._row_length)
         work = Work(num_tokens, num_targets, exact, palm, seconds)
         self._work += work

@@ -1,4 +1,4 @@
-"""Micro-batches made ahead are those of the plan, in its order, and the thread that makes them leaves nothing behind."""
+"""Micro-batches made ahead are those of the plan, in its order; their thread leaves nothing behind."""
 
 import threading
 from collections.abc import Iterator
@@ -36,9 +36,7 @@ def make(folder: Path, *, global_packs: int = 3) -> tuple[Selection, Plan]:
         ids = rng.integers(0, 300, length).astype(np.int32)
         samples.append(Sample(f"c{number}", number, "made", ids, (span,), num_turns=1))
     selection = select(folder, samples, max_length=24)
-    plan = Plan(
-        selection.lengths, selection.num_targets, max_length=24, global_packs=global_packs, seed=1, epochs=2
-    )
+    plan = Plan(selection.lengths, selection.num_targets, max_length=24, global_packs=global_packs, seed=1, epochs=2)
     return selection, plan
 
 

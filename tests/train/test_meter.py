@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
-from sft_dist.model.cost import CostModel, Peak, cost_model, find_peak, matrix_rate, peak_of_name
+from sft_dist.model.cost import CostModel, Peak, cost_model, find_peak, gpu_of_name, matrix_rate
 from sft_dist.train.meter import PHASES, Meter, PhaseClock, Work, shares_line
 from sft_dist.train.metrics import step_line
 from tests.helpers.models import FAMILIES, build_model
@@ -66,7 +66,7 @@ def test_the_speed_of_many_steps_is_the_mean_over_their_time(steps: list[Work], 
 
 def test_utilisation_by_hand() -> None:
     """Two samples of 3 and 5 tokens, 4 targets, one layer of 7 weights and 2 head dimensions, width 2, 10 words."""
-    cost = CostModel(layer_weights=7, attention_width=2, hidden_size=2, vocab_size=10)
+    cost = CostModel(linear_per_token=6 * 7, attention_per_pair=12 * 2, head_per_target=6 * 2 * 10)
     meter = Meter(PhaseClock(CPU), cost, flops_per_s=1e4, row_length=16)
     speed = meter.add(np.array([3, 5]), 4, 0.5)
     exact = 6 * 7 * 8 + 6 * 2 * 10 * 4 + 6 * 2 * (3 * 4 + 5 * 6)
@@ -88,7 +88,7 @@ def test_a_model_of_unknown_cost_has_no_utilisation_but_a_speed() -> None:
 
 
 def torch_flops(model: Any, length: int) -> dict[str, int]:
-    """What torch counts for forward and backward of one sample, by kind: the head's last, attention's by its kernels."""
+    """What torch counts for forward and backward of one sample, by kind of product."""
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(length)[None] % 50, use_cache=False).logits.sum().backward()
@@ -104,11 +104,11 @@ def test_the_operations_are_those_that_torch_counts(tmp_path: Path, family: str)
     model = AutoModelForCausalLM.from_pretrained(build_model(tmp_path, family))
     cost = cost_model(model)
     assert cost is not None
-    ours = cost.model_flops(length, length, np.array([length]))
-    attention = 6.0 * cost.attention_width * length * (length + 1)
+    ours = cost.flops(np.array([length]), length)
+    pairs = length * (length + 1) / 2
     counted = torch_flops(model, length)
     products = {name: n for name, n in counted.items() if "mm" in name}
-    assert sum(products.values()) == ours - attention + 12.0 * cost.attention_width * length**2
+    assert sum(products.values()) == ours + cost.attention_per_pair * (length**2 - pairs)
 
 
 def test_of_experts_only_the_chosen_ones_count() -> None:
@@ -119,16 +119,16 @@ def test_of_experts_only_the_chosen_ones_count() -> None:
     with torch.device("meta"):
         cost = cost_model(AutoModelForCausalLM.from_config(config))
     attention, router, expert = 16 * 16 * 2 + 16 * 8 * 2, 16 * 8, 3 * 16 * 24
-    assert cost is not None and cost.layer_weights == 2 * (attention + router + 2 * expert)
+    assert cost is not None and cost.linear_per_token == 6 * 2 * (attention + router + 2 * expert)
 
 
 def test_hardware_operations_are_model_operations_and_what_is_recomputed() -> None:
-    cost = CostModel(layer_weights=1_000, attention_width=8, hidden_size=4, vocab_size=50)
+    cost = CostModel(linear_per_token=6_000, attention_per_pair=96, head_per_target=1_200)
     lengths = np.array([10, 30])
-    pairs = 10 * 11 + 30 * 31
-    model = cost.model_flops(40, 12, lengths)
-    assert cost.hardware_flops(40, 12, lengths, recomputes_layers=False) == model + 1 * 8 * pairs
-    assert cost.hardware_flops(40, 12, lengths, recomputes_layers=True) == model + 2 * 1_000 * 40 + 3 * 8 * pairs
+    pairs = (10 * 11 + 30 * 31) / 2
+    model = cost.flops(lengths, 12)
+    assert cost.with_recomputation("none").flops(lengths, 12) == model + 96 / 6 * pairs
+    assert cost.with_recomputation("full").flops(lengths, 12) == model + 2 * 1_000 * 40 + 3 * 96 / 6 * pairs
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,8 @@ def test_hardware_operations_are_model_operations_and_what_is_recomputed() -> No
     ],
 )
 def test_peaks_are_found_by_whole_names(name: str, peak: float | None) -> None:
-    assert peak_of_name(name) == peak
+    gpu = gpu_of_name(name)
+    assert (None if gpu is None else gpu.flops_per_s) == peak
 
 
 def test_a_cpu_is_measured_and_called_so() -> None:
