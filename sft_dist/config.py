@@ -148,6 +148,8 @@ class BatchConfig(Section):
     """Packs of max_length tokens in one optimizer step, over all ranks. Accumulation is derived."""
     packs_per_micro_batch: Annotated[int, Field(ge=1)] = 1
     """Packs that one rank processes in one forward pass."""
+    balance_steps: Annotated[int, Field(ge=1)] = 1
+    """Steps whose packs are dealt to them by predicted cost: ranks wait less, lengths differ more between steps."""
 
 
 class OptimizerConfig(Section):

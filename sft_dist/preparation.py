@@ -10,8 +10,9 @@ from zlib import crc32
 
 import numpy as np
 
-from sft_dist.config import RunConfig, SourceConfig
+from sft_dist.config import ModelConfig, RunConfig, SourceConfig
 from sft_dist.data import formats
+from sft_dist.data.cost import BY_TOKENS, CostModel, cost_of_model
 from sft_dist.data.manifest import summarise
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import ALONE, Share, prepare
@@ -67,8 +68,9 @@ def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Pl
     sources = config.data.train
     selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
     _refuse_overflow(selection, config)
+    cost = cost_model(config.model, is_main=share.rank == 0)
     try:
-        plan = _plan(selection, config, config.schedule.epochs)
+        plan = _plan(selection, config, config.schedule.epochs, cost)
     except ValueError as error:
         raise DataError(
             f"data.train: nothing is left to train on: {error} data.max_length ({config.data.max_length:,})"
@@ -93,7 +95,49 @@ def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
     return selection
 
 
-def _plan(selection: Selection, config: RunConfig, epochs: int) -> Plan:
+def cost_model(model: ModelConfig, *, is_main: bool) -> CostModel:
+    """What packs of this model cost, by its config.json; by their tokens where that does not tell, which is said.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    try:
+        return cost_of_model(_model_config(model.path))
+    except FileNotFoundError:
+        reason = "there is none"
+    except ValueError as error:
+        reason = str(error)
+    if is_main:
+        say(f"{model.path}: config.json: {reason}; costs of packs are taken to be their tokens")
+    return BY_TOKENS
+
+
+def _model_config(path: str) -> dict[str, Any]:
+    """config.json of a model folder or Hub id. Raises FileNotFoundError where there is none."""
+    if Path(path).is_dir():
+        file = Path(path) / "config.json"
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            file = Path(hf_hub_download(path, "config.json"))
+        except Exception as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                raise FileNotFoundError from None
+            # Going on by tokens on a rank that cannot reach the Hub just now would give ranks different plans.
+            raise ConfigError(f"model.path: {path}: config.json cannot be had from the Hub: {error}") from error
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {file} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"model.path: {file} is no JSON object")
+    return tree
+
+
+def _plan(selection: Selection, config: RunConfig, epochs: int, cost: CostModel) -> Plan:
     """Raises ValueError when nothing is left."""
     return Plan(
         selection.lengths,
@@ -101,8 +145,10 @@ def _plan(selection: Selection, config: RunConfig, epochs: int) -> Plan:
         mass=selection.mass,
         repeats=_repeats(selection)[selection.source_codes],
         conversations=selection.indices,
+        cost_model=cost,
         max_length=config.data.max_length,
         global_packs=config.batch.global_packs,
+        balance_steps=config.batch.balance_steps,
         seed=config.seed,
         epochs=epochs,
         max_steps=config.schedule.max_steps,
@@ -129,7 +175,7 @@ def describe(dataset: PreparedDataset, config: RunConfig, sources: Sequence[Sour
     selection = Selection(dataset, policy(config, sources))
     packs = "none"
     if len(selection):
-        plan = _plan(selection, config, epochs=1)
+        plan = _plan(selection, config, epochs=1, cost=BY_TOKENS)
         packs = (
             f"{plan.num_packs:,} of {config.data.max_length:,} tokens, fill {plan.fill:.1%}: an epoch of "
             f"{plan.num_samples:,} samples, {plan.num_tokens:,} tokens"

@@ -81,6 +81,7 @@ def _with_group(
     heldout: Selection | None,
     with_profile: bool,
 ) -> Any:
+    from sft_dist.distributed import collectives
     from sft_dist.model import engine as engines
     from sft_dist.model import loading
     from sft_dist.session import open_session, print_from_main
@@ -92,6 +93,8 @@ def _with_group(
     run_dir = Path(config.run_dir)
     model_config = loading.load_config(config.model, config.data.max_length)
     open_session(world)
+    # By it ranks deal packs among themselves: where they differed, samples would be missed and others taken twice.
+    collectives.check_same({"cost of packs (config.json)": plan.cost_model})
     say_once = print_from_main(world)
     heldout_data = None if heldout is None else heldout.dataset
     facts = contract.facts(config, selection.dataset, heldout_data, model_config)
@@ -184,16 +187,22 @@ def _initial_weights(config: RunConfig) -> Path | None:
 
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
+    per_rank = config.batch.packs_per_micro_batch
     say(
         f"{plan.num_samples:,} samples, {plan.num_tokens:,} tokens, {plan.num_target_tokens:,} targets in "
         f"{plan.num_packs:,} packs of {config.data.max_length:,} (fill {plan.fill:.1%}); {plan.num_steps:,} steps of "
         f"{plan.global_packs:,} packs on {world.size:,} rank(s)"
     )
-    per_micro_step = world.size * config.batch.packs_per_micro_batch
+    if world.size > 1:
+        say(
+            f"predicted work of a forward, mean over ranks / maximum: {plan.balance(world.size, per_rank):.1%} "
+            f"(batch.balance_steps: {plan.balance_steps})"
+        )
+    per_micro_step = world.size * per_rank
     if idle := -plan.global_packs % per_micro_step:
         say(
-            f"batch.global_packs ({plan.global_packs}) does not divide over {world.size} ranks x "
-            f"{config.batch.packs_per_micro_batch}: room for {idle} more packs stays empty in every step"
+            f"batch.global_packs ({plan.global_packs}) does not divide over {world.size} ranks x {per_rank}: room for "
+            f"{idle} more packs stays empty in every step"
         )
 
 

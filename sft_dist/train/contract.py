@@ -24,6 +24,7 @@ _MATHEMATICS = (
     "data.deduplicate",
     "objective.",
     "batch.global_packs",
+    "batch.balance_steps",
     "optimizer.",
     "schedule.",
 )

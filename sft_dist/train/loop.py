@@ -288,6 +288,7 @@ class Run:
             "target_tokens": plan.num_target_tokens,
             "packs": plan.num_packs,
             "fill": plan.fill,
+            "balance": plan.balance(self.world.size, self.config.batch.packs_per_micro_batch),
             "ranks": self.world.size,
             "steps": state.step,
             "planned_steps": plan.num_steps,

@@ -85,8 +85,8 @@ def test_nothing_to_train_on_is_an_error() -> None:
 
 def test_distribute_gives_neighbours_to_one_micro_step() -> None:
     packs = [(i,) for i in range(7)]
-    assert distribute(packs, 0, 2, 2) == [(0, 2), (4, 6)]
-    assert distribute(packs, 1, 2, 2) == [(1, 3), (5,)]
+    assert distribute(packs, 0, 2, 2) == [(0, 3), (4,)]
+    assert distribute(packs, 1, 2, 2) == [(1, 2), (5, 6)]
 
 
 def repeated_plan(
