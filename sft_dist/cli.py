@@ -165,6 +165,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def verb_names() -> list[str]:
+    """All verbs, in the order of the help."""
+    (verbs,) = (action for action in _parser()._actions if action.dest == "verb")
+    return list(verbs.choices or ())
+
+
 def _parser() -> argparse.ArgumentParser:
     from sft_dist import __version__
 

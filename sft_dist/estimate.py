@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft_dist.config import RunConfig
+from sft_dist.data.cost import BY_TOKENS
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import is_prepared
 from sft_dist.data.progress import duration
 from sft_dist.data.selection import Selection
 from sft_dist.errors import ConfigError, ExitCode
-from sft_dist.preparation import training_set
+from sft_dist.preparation import cost_model, training_set
 
 if TYPE_CHECKING:
-    from sft_dist.model.cost import CostModel
     from sft_dist.model.memory import Memory, Sizes
 
 GIB = 2**30
@@ -58,7 +58,7 @@ class Load:
     targets_per_step: float
     model_flops: float  # of a step, forward and backward
     hardware_flops: float  # with what is recomputed
-    targets_per_forward: int  # at most
+    targets_per_forward: int  # at most, in the first epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,6 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     import torch
 
     from sft_dist.model import loading, logprobs, memory
-    from sft_dist.model.cost import cost_model
     from sft_dist.model.engine import resolve_deepspeed_config
 
     model_config = loading.load_config(config.model, config.data.max_length)
@@ -153,12 +152,12 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     in_half = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and hardware.is_gpu)
     dtype = torch.bfloat16 if in_half else torch.float32
     causal_lm = memory.model_without_weights(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
-    sizes, cost = memory.sizes_of(causal_lm), cost_model(causal_lm)
+    sizes = memory.sizes_of(causal_lm)
     named = "zero3" if hardware.is_gpu else "cpu"
     settings = resolve_deepspeed_config(
         config.model_copy(update={"deepspeed": named if config.deepspeed == "auto" else config.deepspeed})
     )
-    load = None if cost is None else _load(config, cost, data)
+    load = _load(config, data)
     tokens_per_forward = config.batch.packs_per_micro_batch * config.data.max_length
     needed = memory.memory_of(
         sizes,
@@ -183,7 +182,11 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     )
 
 
-def _load(config: RunConfig, cost: "CostModel", data: tuple[Selection, Plan] | None) -> Load:
+def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None:
+    """None where it cannot be told from the model's config.json what it costs."""
+    cost = cost_model(config.model, is_main=True) if data is None else data[1].cost_model
+    if cost == BY_TOKENS:
+        return None
     hardware_cost = cost.with_recomputation("full" if config.model.gradient_checkpointing else "none")
     row = config.data.max_length
     per_forward = config.batch.packs_per_micro_batch

@@ -46,7 +46,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        """All that move: what is named host_… stays on the host."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if not field.name.startswith("host_")}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft_dist.model.cost import layers_of
-
 _FUSED = "sft_dist_fused_on_meta"
 GIB = 2**30
 
@@ -83,6 +81,13 @@ def sizes_of(causal_lm: Any) -> Sizes:
         hidden_size=head.shape[1],
         num_layers=len(layers),
     )
+
+
+def layers_of(causal_lm: Any) -> list[nn.Module]:
+    """The decoder layers of a model: its list of as many modules as its configuration says."""
+    lists = [module for module in causal_lm.base_model.modules() if isinstance(module, nn.ModuleList)]
+    wanted = causal_lm.config.get_text_config().num_hidden_layers
+    return next((list(items) for items in lists if len(items) == wanted), [])
 
 
 def saved_by_forward(causal_lm: Any, num_tokens: int) -> Saved | None:

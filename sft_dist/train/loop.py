@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sft_dist.config import RunConfig
+from sft_dist.data.cost import BY_TOKENS
 from sft_dist.data.packing import Pack
 from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Selection
@@ -19,7 +20,7 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ExitCode, TrainingError
 from sft_dist.model import probe
-from sft_dist.model.cost import cost_model, find_peak
+from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
 from sft_dist.train import checkpoint, objective
 from sft_dist.train.checkpoint import TrainState
@@ -77,7 +78,7 @@ class Run:
         self.stop = StopRequest()
         self._facts = facts
         self._profile = profile
-        self._meter = _meter(config, engine, metrics)
+        self._meter = _meter(config, engine, plan, metrics)
         self._run_dir = Path(config.run_dir)
         self._probe = probe.choose(selection.dataset, config.data.max_length)
         self._saved_step: int | None = state.step if state.step else None
@@ -311,12 +312,12 @@ class Run:
         return Result(exit_code, reason, state, summary)
 
 
-def _meter(config: RunConfig, engine: Engine, metrics: Metrics) -> Meter:
+def _meter(config: RunConfig, engine: Engine, plan: Plan, metrics: Metrics) -> Meter:
     """A collective: the peak is that of all ranks together."""
     peak = find_peak(engine.device, engine.causal_lm.dtype)
     (flops_per_s,) = collectives.all_sum([peak.flops_per_s])
     metrics.say(f"mfu is relative to {peak.name}")
-    cost = cost_model(engine.causal_lm)
+    cost = None if plan.cost_model == BY_TOKENS else plan.cost_model
     return Meter(PhaseClock(engine.device), cost, flops_per_s=flops_per_s, row_length=config.data.max_length)
 
 

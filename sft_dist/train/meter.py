@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sft_dist.model.cost import CostModel
+from sft_dist.data.cost import CostModel
 
 Phase = Literal["data", "forward", "backward", "step", "checkpoint", "evaluate", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
