@@ -149,6 +149,16 @@ def test_ranks_that_do_not_divide_the_packs_wait_and_that_is_said(
     assert "batch.global_packs (3) fill 75% of what 2 ranks compute in 2 forward(s)" in told
 
 
+def test_waiting_ranks_are_part_of_the_floor(tiny: RunConfig) -> None:
+    """Three packs of one cost: two ranks need the time of two, not of one and a half."""
+    times = []
+    for ranks in (1, 2, 3):
+        floor = estimate.estimate(tiny, Hardware("H200", True, ranks, 989e12, 140 * GIB, 350e9), None).floor
+        assert floor is not None
+        times.append(floor.compute_s)
+    assert [time / times[2] for time in times] == pytest.approx([3, 2, 1])
+
+
 def test_unknown_devices_are_refused_with_those_that_are_known(tiny: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"--device: H2000 is not known; known are CPU, .*H200.*A100"):
         estimate.run(tiny, num_gpus=None, gpu_memory_gib=None, device_name="H2000")

@@ -76,22 +76,21 @@ def test_what_is_fed_is_what_the_plan_says(tmp_path: Path, rank: int, size: int,
 
 
 def test_no_more_is_made_than_there_is_room_for() -> None:
-    asked, reached = [], threading.Event()
+    """Three before anything was taken, and one more for each that was."""
+    asked = [threading.Event() for _ in range(8)]
 
     def source() -> Iterator[int]:
-        for number in range(100):
-            asked.append(number)
-            if len(asked) == 3:
-                reached.set()
+        for number, event in enumerate(asked):
+            event.set()
             yield number
 
     with Feed(numbered(source()), CPU, ahead=3) as feed:
-        assert reached.wait(PATIENCE_S)
-        first = list(feed.step(0))
-        assert first[0].step == 0
-        second = list(feed.step(1))
-        assert second[0].step == 1
-    assert 3 <= len(asked) <= 5, "three before anything was taken, one more for each that was"
+        assert asked[2].wait(PATIENCE_S)
+        assert not asked[3].wait(0.3)
+        for step in (0, 1):
+            assert [m.step for m in feed.step(step)] == [step]
+        assert asked[4].wait(PATIENCE_S)
+        assert not asked[5].wait(0.3)
 
 
 def test_the_next_is_made_while_one_is_used() -> None:
