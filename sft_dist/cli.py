@@ -78,7 +78,14 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             config = _config(options)
             from sft_dist import training
 
-            return training.run(config, os.environ)
+            return training.run(config, os.environ, with_profile=options.profile)
+        case "estimate":
+            config = _config(options)
+            from sft_dist import estimate
+
+            return estimate.run(
+                config, num_gpus=options.gpus, gpu_memory_gib=options.gpu_memory, device_name=options.device
+            )
         case "verify":
             config = _config(options)
             from sft_dist import verify
@@ -158,6 +165,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def verb_names() -> list[str]:
+    """All verbs, in the order of the help."""
+    (verbs,) = (action for action in _parser()._actions if action.dest == "verb")
+    return list(verbs.choices or ())
+
+
 def _parser() -> argparse.ArgumentParser:
     from sft_dist import __version__
 
@@ -173,7 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _run_file_verb(verbs, "inspect", "show conversations with trained tokens marked, and statistics")
     inspect.add_argument("--id", help="show the conversation with this id")
     inspect.add_argument("--num", type=_positive, default=2, help="how many conversations to show (default 2)")
-    _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
+    train = _run_file_verb(verbs, "train", "train; resumes by itself when the run folder has a checkpoint")
+    train.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN_DIR/profile")
+    estimate = _run_file_verb(verbs, "estimate", "memory, steps, time and disk of a run, without GPU or weights")
+    estimate.add_argument("--gpus", type=_positive, metavar="N", help="GPUs, or CPU ranks (default: those here, or 1)")
+    estimate.add_argument("--gpu-memory", type=_positive, metavar="GIB", help="of one GPU (default: by its name)")
+    estimate.add_argument("--device", metavar="NAME", help="H200, A100, CPU ... (default: what this machine has)")
     verify = _run_file_verb(verbs, "verify", "check rendering, packing, turns and layout on this model and data")
     verify.add_argument("--num", type=_positive, default=8, help="how many conversations to take (default 8)")
     score = _run_file_verb(verbs, "score", "log-probability of every answer, as JSON Lines in input order; resumable")

@@ -156,6 +156,10 @@ class BatchConfig(Section):
     reduce_once: bool | Literal["auto"] = "auto"
     """Sum a step's gradient on each rank (4 bytes a parameter) and reduce it once; auto: where memory allows."""
 
+    def micro_batches_on(self, num_ranks: int) -> int:
+        """Forwards of one rank in a full step."""
+        return -(-self.global_packs // (num_ranks * self.packs_per_micro_batch))
+
 
 class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5

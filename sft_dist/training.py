@@ -14,15 +14,18 @@ from sft_dist.errors import ConfigError, ExitCode, UserError, say
 from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
 
 
-def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
-    """Train until done or asked to stop. Every way out but a kill leaves RUN_DIR/outcome.json, written first."""
+def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False) -> ExitCode:
+    """Train until done or asked to stop. Every way out but a kill leaves RUN_DIR/outcome.json, written first.
+
+    With a profile, rank 0 writes a trace of a few steps to RUN_DIR/profile.
+    """
     from sft_dist.train import rundir
 
     world = find_world(env)
     run_dir = Path(config.run_dir)
     lock = rundir.RunLock(run_dir) if world.is_main else None
     try:
-        exit_code = _train(config, world, share_of(world, env))
+        exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
         from sft_dist.session import for_people
 
@@ -40,7 +43,7 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     return exit_code
 
 
-def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
+def _train(config: RunConfig, world: World, share: Share, with_profile: bool) -> ExitCode:
     from sft_dist.session import close_session
     from sft_dist.train import rundir
 
@@ -55,7 +58,7 @@ def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
             say_overlap(selection, heldout)
         write_left_out(sets, run_dir / "left_out.jsonl")
         _say_plan(config, world, plan)
-    result = _with_group(config, world, selection, plan, heldout)
+    result = _with_group(config, world, selection, plan, heldout, with_profile)
     if world.is_main:
         rundir.write_json(run_dir / rundir.SUMMARY, result.summary)
         rundir.write_outcome(
@@ -70,7 +73,14 @@ def _train(config: RunConfig, world: World, share: Share) -> ExitCode:
     return result.exit_code
 
 
-def _with_group(config: RunConfig, world: World, selection: Selection, plan: Plan, heldout: Selection | None) -> Any:
+def _with_group(
+    config: RunConfig,
+    world: World,
+    selection: Selection,
+    plan: Plan,
+    heldout: Selection | None,
+    with_profile: bool,
+) -> Any:
     from sft_dist.distributed import collectives
     from sft_dist.model import engine as engines
     from sft_dist.model import loading
@@ -78,6 +88,7 @@ def _with_group(config: RunConfig, world: World, selection: Selection, plan: Pla
     from sft_dist.train import checkpoint, contract, rundir
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
+    from sft_dist.train.profiling import Profile
 
     run_dir = Path(config.run_dir)
     model_config = loading.load_config(config.model, config.data.max_length)
@@ -104,8 +115,9 @@ def _with_group(config: RunConfig, world: World, selection: Selection, plan: Pla
         say_once(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
     planned = plan_heldout(heldout) if heldout is not None else None
+    profile = Profile(run_dir / "profile", state.step) if with_profile and world.is_main else None
     try:
-        return Run(config, world, engine, selection, plan, planned, state, metrics, facts).train()
+        return Run(config, world, engine, selection, plan, planned, state, metrics, facts, profile).train()
     finally:
         metrics.close()
 

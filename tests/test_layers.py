@@ -1,11 +1,14 @@
 """The house stays as planned: who may import whom, and what stays free of torch."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sft_dist.cli import verb_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +21,7 @@ LAYERS = [
     {"sft_dist.session"},
     {"sft_dist.train"},
     {"sft_dist.preparation", "sft_dist.inspection", "sft_dist.training", "sft_dist.score", "sft_dist.export",
-     "sft_dist.generation", "sft_dist.verify"},
+     "sft_dist.generation", "sft_dist.verify", "sft_dist.estimate"},
     {"sft_dist.cli"},
     {"sft_dist.__main__"},
 ]  # fmt: skip
@@ -92,8 +95,42 @@ def test_data_layer_never_imports_torch_itself() -> None:
         "sft_dist.data.conversation, sft_dist.data.formats, sft_dist.data.renderer, sft_dist.data.rendering, "
         "sft_dist.data.store, sft_dist.data.prepare, sft_dist.data.packing, sft_dist.data.plan, sft_dist.data.sample",
         "launcher.__main__",
+        "sft_dist.preparation, sft_dist.inspection, sft_dist.training, sft_dist.estimate, sft_dist.verify",
     ],
 )
 def test_importing_loads_no_torch(modules: str) -> None:
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# What the help of a verb may import beyond the standard library: the command line itself.
+HELP_NEEDS = {"sft_dist", "sft_dist.cli", "sft_dist.errors", "sft_dist.__main__"}
+# An interpreter with argparse, and room for what a newer Python adds; numpy alone would be 150 more.
+MOST_MODULES = 200
+
+
+@pytest.mark.parametrize("verb", [None, *verb_names()])
+def test_the_help_of_a_verb_imports_the_command_line_and_nothing_else(verb: str | None) -> None:
+    """Counted, since a time depends on the machine: benchmarks/startup.py has those."""
+    code = (
+        "import atexit, json, os, sys\n"
+        "from sft_dist import cli\n"
+        "leave = os._exit\n"
+        "def told(code):\n"
+        "    sys.stderr.write(json.dumps(sorted(sys.modules)))\n"
+        "    sys.stderr.flush()\n"
+        "    leave(code)\n"
+        "atexit.register(told, 0)\n"  # argparse leaves by SystemExit after a help
+        "cli.main(sys.argv[1:])\n"
+    )
+    arguments = [verb, "--help"] if verb else ["--help"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: sft-dist")
+    modules = json.loads(done.stderr)
+    ours = {name for name in modules if name.split(".")[0] in ("sft_dist", "launcher")}
+    assert ours <= HELP_NEEDS
+    heavy = {"torch", "transformers", "deepspeed", "numpy", "pyarrow", "pydantic", "yaml", "datasets", "tokenizers"}
+    assert not heavy & set(modules)
+    assert len(modules) < MOST_MODULES, len(modules)

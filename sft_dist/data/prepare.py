@@ -76,12 +76,18 @@ def prepare(
     formats.check_sources(sources)
     renderer = load_renderer(model, data)
     fingerprints = list(map(_fingerprint, sources))
-    partial = Partial(Path(data.cache_dir) / _key(renderer, fingerprints))
+    partial = Partial(_folder(renderer, fingerprints, data))
     if not partial.is_finished:
         _prepare_together(_Job(tuple(sources), fingerprints, renderer, model, data, share, partial))
     dataset = PreparedDataset(partial.folder)
     check_refused(dataset, data)
     return dataset
+
+
+def is_prepared(sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfig) -> bool:
+    """Whether `prepare` would only have to read. Raises DataError for sources that are not there."""
+    formats.check_sources(sources)
+    return Partial(_folder(load_renderer(model, data), list(map(_fingerprint, sources)), data)).is_finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,10 @@ def _fingerprint(source: SourceConfig) -> dict[str, str]:
         "kind": formats.source_kind(source),
         "sha256": formats.source_fingerprint(source),
     }
+
+
+def _folder(renderer: Renderer, fingerprints: Sequence[dict[str, str]], data: DataConfig) -> Path:
+    return Path(data.cache_dir) / _key(renderer, fingerprints)
 
 
 def _key(renderer: Renderer, fingerprints: Sequence[dict[str, str]]) -> str:

@@ -5,8 +5,9 @@ sample. There is no padding: `cu_seqlens` and position ids that restart at 0 say
 `collate_trees` lays out prompts with several answers each, so that a prompt is computed once.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,22 +44,21 @@ class Batch:
         return len(self.target_rows)
 
     def to(self, device: torch.device) -> "Batch":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        """On another device; from pinned memory the host does not wait for the copies."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        return Batch(
-            move(self.input_ids),
-            move(self.position_ids),
-            move(self.targets),
-            move(self.turn_ids),
-            move(self.weights),
-            move(self.target_rows),
-            move(self.cu_seqlens),
-            self.host_cu_seqlens,
-            self.lengths,
-            self.turns,
-            self.parents,
-        )
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory of the host, from which a GPU reads by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that move: what is named host_… stays on the host."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if not field.name.startswith("host_")}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        moved: dict[str, Any] = {name: move(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,22 +260,15 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available(),
     )
-    element_bytes = model.model.dtype.itemsize
-    shapes = sharding.shapes_of(model.model, layers)
-    shards = sharding.state_bytes(shapes.total, world_size=world.size, element_bytes=element_bytes)
-    budget = sharding.memory_budget(_device_bytes(world), shards)
-    derived = sharding.training_settings(
-        shapes, world_size=world.size, element_bytes=element_bytes, memory_budget_bytes=budget
+    derived, reduce_once = sharding.decide(
+        sharding.shapes_of(model.model, layers),
+        world_size=world.size,
+        element_bytes=model.model.dtype.itemsize,
+        device_bytes=_device_bytes(world),
+        num_micro_batches=config.batch.micro_batches_on(world.size),
+        reduce_once=config.batch.reduce_once,
     )
     tree = sharding.filled(tree, derived.values)
-    num_micro_batches = -(-config.batch.global_packs // (world.size * config.batch.packs_per_micro_batch))
-    reduce_once = sharding.reduces_once(
-        config.batch.reduce_once,
-        shapes,
-        derived,
-        num_micro_batches=num_micro_batches if world.size > 1 else 1,
-        memory_budget_bytes=budget,
-    )
     if reduce_once:
         for parameter in model.parameters():
             parameter.grad_dtype = None  # any: the gradient of bfloat16 weights is summed in float32

@@ -109,6 +109,32 @@ def training_settings(
     )
 
 
+def decide(
+    shapes: Shapes,
+    *,
+    world_size: int,
+    element_bytes: int,
+    device_bytes: int,
+    num_micro_batches: int,
+    reduce_once: bool | Literal["auto"],
+) -> tuple[Settings, bool]:
+    """Settings of a training run, and whether the gradient of its steps is reduced once.
+
+    `device_bytes`: memory of one rank's device; `num_micro_batches`: of one rank in one step.
+    """
+    shards = state_bytes(shapes.total, world_size=world_size, element_bytes=element_bytes)
+    budget = memory_budget(device_bytes, shards)
+    settings = training_settings(shapes, world_size=world_size, element_bytes=element_bytes, memory_budget_bytes=budget)
+    once = reduces_once(
+        reduce_once,
+        shapes,
+        settings,
+        num_micro_batches=num_micro_batches if world_size > 1 else 1,
+        memory_budget_bytes=budget,
+    )
+    return settings, once
+
+
 def inference_settings(shapes: Shapes, *, element_bytes: int, memory_budget_bytes: int | None) -> dict[str, int]:
     """For forwards alone: where memory allows, every weight is gathered once and stays."""
     layer = max(shapes.layers, default=shapes.largest)

@@ -4,27 +4,34 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sft_dist.config import RunConfig
+from sft_dist.data.cost import BY_TOKENS
 from sft_dist.data.packing import Pack
 from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Selection
+from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ExitCode, TrainingError
 from sft_dist.model import probe
+from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
 from sft_dist.train import checkpoint, objective
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, scoring_packs
+from sft_dist.train.feeding import Feed, micro_batches
 from sft_dist.train.gradient import accumulate_gradient
 from sft_dist.train.interrupt import StopRequest
+from sft_dist.train.meter import Meter, PhaseClock, shares_line
 from sft_dist.train.metrics import Metrics, step_line
+from sft_dist.train.profiling import Profile
 from sft_dist.train.schedule import learning_rate
 
 
@@ -58,6 +65,7 @@ class Run:
         state: TrainState,
         metrics: Metrics,
         facts: dict[str, Any],
+        profile: Profile | None,
     ) -> None:
         self.config = config
         self.world = world
@@ -69,6 +77,8 @@ class Run:
         self.metrics = metrics
         self.stop = StopRequest()
         self._facts = facts
+        self._profile = profile
+        self._meter = _meter(config, engine, plan, metrics)
         self._run_dir = Path(config.run_dir)
         self._probe = probe.choose(selection.dataset, config.data.max_length)
         self._saved_step: int | None = state.step if state.step else None
@@ -79,8 +89,22 @@ class Run:
         self.metrics.say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
         if self.state.step == 0:
             self._evaluate(0)
-        for step in range(self.state.step, self.plan.num_steps):
-            self._step(step)
+        steps = range(self.state.step, self.plan.num_steps)
+        per_forward = self.config.batch.packs_per_micro_batch
+        source = micro_batches(self.selection, self.plan, steps, self.world, per_forward)
+        ahead = -(-self.plan.global_packs // (self.world.size * per_forward))
+        with Feed(source, self.engine.device, ahead=ahead) as feed:
+            exit_code, reason = self._take_steps(steps, feed)
+        self._end_measuring()
+        return self._result(exit_code, reason)
+
+    def _take_steps(self, steps: Iterable[int], feed: Feed) -> tuple[ExitCode, str]:
+        for step in steps:
+            self._meter.clock.begin(step)
+            self._record_times()
+            self._step(step, feed)
+            if self._profile is not None:
+                self._profile.step_ended()
             finished = step + 1
             is_last = finished == self.plan.num_steps
             every = self.config.evaluate.every
@@ -90,10 +114,10 @@ class Run:
             if is_last or reason or self._due(finished):
                 self._save()
             if reason:
-                return self._result(ExitCode.STOPPED, reason)
-        return self._result(ExitCode.DONE, "finished")
+                return ExitCode.STOPPED, reason
+        return ExitCode.DONE, "finished"
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int, feed: Feed) -> None:
         started = time.monotonic()
         config = self.config
         rate = learning_rate(step, self.plan.num_steps, config.optimizer, config.schedule)
@@ -101,7 +125,10 @@ class Run:
         self.engine.train()
         every = config.logging.details_every
         details = Details(self.selection.source_names) if every and (step + 1) % every == 0 else None
-        loss, nll = accumulate_gradient(self.engine, self.selection, self.plan, step, config, self.world, details)
+        clock = self._meter.clock
+        loss, nll = accumulate_gradient(
+            self.engine, self.selection, self.plan, step, config, self.world, details, feed=feed, clock=clock
+        )
         if not math.isfinite(loss):
             raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")
         applied, grad_norm = self.engine.step()
@@ -110,18 +137,21 @@ class Run:
                 f"step {step + 1}: the gradient norm is {grad_norm} and the step cannot be used "
                 f"(loss {loss:.4f}){self._advice()}"
             )
+        clock.enter("other")
         self._finish_step(loss, nll, grad_norm, rate, time.monotonic() - started)
         if details is not None:
             self.metrics.record("train_details", step + 1, **details.as_dict())
 
     def _finish_step(self, loss: float, nll: float, grad_norm: float, rate: float, step_s: float) -> None:
         step, plan = self.state.step, self.plan
-        num_tokens = plan.num_step_tokens(step)
+        num_tokens, num_targets = plan.num_step_tokens(step), plan.num_step_targets(step)
+        lengths = self.selection.lengths[[index for pack in plan.packs(step) for index in pack]]
+        speed = self._meter.add(lengths, num_targets, step_s)
         self.state = replace(
             self.state,
             step=step + 1,
             num_tokens=self.state.num_tokens + num_tokens,
-            num_target_tokens=self.state.num_target_tokens + plan.num_step_targets(step),
+            num_target_tokens=self.state.num_target_tokens + num_targets,
             train_time_s=self.state.train_time_s + step_s,
             first_loss=loss if self.state.first_loss is None else self.state.first_loss,
             last_loss=loss,
@@ -136,7 +166,7 @@ class Run:
                 nll=None if objective.is_plain(self.config.objective) else nll,
                 grad_norm=grad_norm,
                 learning_rate=rate,
-                tokens_per_s=num_tokens / step_s,
+                speed=speed,
                 memory_gib=memory_gib,
                 eta_s=mean_step_s * (plan.num_steps - step - 1),
             )
@@ -149,14 +179,16 @@ class Run:
             grad_norm=grad_norm,
             learning_rate=rate,
             num_tokens=num_tokens,
-            num_target_tokens=plan.num_step_targets(step),
+            num_target_tokens=num_targets,
             step_time_s=step_s,
+            **asdict(speed),
             memory_gib=memory_gib,
         )
 
     def _evaluate(self, step: int) -> None:
         if self.heldout is None:
             return
+        self._meter.clock.enter("evaluate")
         config = self.config
         details = heldout_details(
             self.engine,
@@ -183,6 +215,7 @@ class Run:
                 self._save()
         else:
             self.metrics.say(f"warning: held-out NLL rises: {nll:.4f} at step {step:,}, {best:.4f} at its best")
+        self._meter.clock.enter("other")
 
     def _due(self, step: int) -> bool:
         every = self.config.checkpoint.every
@@ -201,6 +234,7 @@ class Run:
         """Publish a checkpoint of the current step, once."""
         if self._saved_step == self.state.step:
             return
+        self._meter.clock.enter("checkpoint")
         started = time.monotonic()
         record = {
             "samples": [example.sample.ids.tolist() for example in self._probe],
@@ -223,6 +257,22 @@ class Run:
             for step in (step for step in removed if step > saved.step):
                 self.metrics.say(f"removed the checkpoint of step {step:,}, of a continuation that was given up")
         self.metrics.say(f"checkpoint {saved.folder} in {time.monotonic() - started:.1f} s")
+        self._meter.clock.enter("other")
+
+    def _record_times(self) -> None:
+        for times in self._meter.finished():
+            seconds = {f"{phase}_s": of_phase for phase, of_phase in times.seconds.items()}
+            self.metrics.record("train_time", times.step + 1, **seconds, shares=times.shares)
+
+    def _end_measuring(self) -> None:
+        self._meter.clock.end()
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+        self._record_times()
+        if shares := shares_line(self._meter.shares()):
+            self.metrics.say(f"time: {shares}")
+        if self._profile is not None:
+            self._profile.close()
 
     def _advice(self) -> str:
         last = self._saved_step
@@ -231,6 +281,7 @@ class Run:
 
     def _result(self, exit_code: ExitCode, reason: str) -> Result:
         state, plan = self.state, self.plan
+        speed = self._meter.speed()
         summary = {
             "conversations": self.selection.dataset.manifest["num_records"],
             "samples": plan.num_samples,
@@ -250,11 +301,25 @@ class Run:
             "train_time_s": state.train_time_s,
             "tokens_per_s": state.num_tokens / state.train_time_s if state.train_time_s else None,
             "target_tokens_per_s": state.num_target_tokens / state.train_time_s if state.train_time_s else None,
+            "mfu": None if speed is None else speed.mfu,
+            "mfu_palm": None if speed is None else speed.mfu_palm,
+            "peak_flops_per_s": self._meter.flops_per_s,
+            "memory_gib": _peak_memory_gib(self.engine.device),
+            "time_shares": self._meter.shares(),
             "heldout_nll_before": state.heldout_nll_before,
             "heldout_nll_best": state.heldout_nll_best,
             "heldout_nll_after": state.heldout_nll_last,
         }
         return Result(exit_code, reason, state, summary)
+
+
+def _meter(config: RunConfig, engine: Engine, plan: Plan, metrics: Metrics) -> Meter:
+    """A collective: the peak is that of all ranks together."""
+    peak = find_peak(engine.device, engine.causal_lm.dtype)
+    (flops_per_s,) = collectives.all_sum([peak.flops_per_s])
+    metrics.say(f"mfu is relative to {peak.name}")
+    cost = None if plan.cost_model == BY_TOKENS else plan.cost_model
+    return Meter(PhaseClock(engine.device), cost, flops_per_s=flops_per_s, row_length=config.data.max_length)
 
 
 def plan_heldout(selection: Selection) -> Heldout:

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 from sft_dist.config import LoggingConfig, flatten
 from sft_dist.data.progress import duration
 from sft_dist.errors import say
+from sft_dist.train.meter import Speed
 
 
 class Metrics:
@@ -34,8 +35,9 @@ class Metrics:
     def record(self, kind: str, step: int, **values: Any) -> None:
         """One entry of the metrics file; numbers also go to TensorBoard as kind/name, nested ones as kind/name.name.
 
-        Kinds: `train` (one a step), `train_details` (every logging.details_every steps), `heldout` and
-        `heldout_details` (one an evaluation). Details are nested as `Details.as_dict` says.
+        Kinds: `train` (one a step), `train_time` (one a step, once the next has begun), `train_details` (every
+        logging.details_every steps), `heldout` and `heldout_details` (one an evaluation). Details are nested as
+        `Details.as_dict` says.
         """
         if self._file is None:
             return
@@ -61,19 +63,22 @@ def step_line(
     nll: float | None,
     grad_norm: float,
     learning_rate: float,
-    tokens_per_s: float,
+    speed: Speed,
     memory_gib: float,
     eta_s: float,
 ) -> str:
-    """`step   120/2,340  loss 1.1843  grad 0.92  lr 9.8e-06  tokens/s 34,310  mem 61.2 GiB  eta 2h41m`
+    """`step   120/2,340  loss 1.1843  grad 0.92  lr 9.8e-06  tokens/s 34,310  targets/s 9,874  mfu 46.1% (PaLM 60.4%)
+    mem 61.2 GiB  eta 2h41m`, in one line
 
-    `nll` is shown where it is not the loss itself.
+    `nll` is shown where it is not the loss itself. Utilisation that is unknown is shown as `mfu -`.
     """
     width = len(f"{num_steps:,}")
+    mfu = "-" if speed.mfu is None else f"{speed.mfu:.1%} (PaLM {speed.mfu_palm:.1%})"
     shown_nll = "" if nll is None else f"  nll {nll:.4f}"
     return (
         f"step {step:>{width},}/{num_steps:,}  loss {loss:.4f}{shown_nll}  grad {grad_norm:.2f}  "
-        f"lr {learning_rate:.1e}  tokens/s {tokens_per_s:,.0f}  mem {memory_gib:.1f} GiB  eta {duration(eta_s)}"
+        f"lr {learning_rate:.1e}  tokens/s {speed.tokens_per_s:,.0f}  targets/s {speed.target_tokens_per_s:,.0f}  "
+        f"mfu {mfu}  mem {memory_gib:.1f} GiB  eta {duration(eta_s)}"
     )
 
 

@@ -35,6 +35,44 @@ def test_a_run_trains_evaluates_and_says_what_it_did(uninterrupted: Place) -> No
     assert list((uninterrupted.folder / "whole" / "tensorboard").glob("events*"))
 
 
+def test_every_step_says_how_fast_it_was_and_where_its_time_went(uninterrupted: Place) -> None:
+    steps = uninterrupted.steps("whole")
+    for entry in steps:
+        assert entry["tokens_per_s"] == pytest.approx(entry["num_tokens"] / entry["step_time_s"])
+        assert entry["target_tokens_per_s"] == pytest.approx(entry["num_target_tokens"] / entry["step_time_s"])
+        assert 0 < entry["mfu"] < entry["mfu_palm"], "short samples: PaLM's formula counts squares of whole packs"
+    lines = (uninterrupted.folder / "whole" / "metrics.jsonl").read_text().splitlines()
+    times = [entry for line in lines if (entry := json.loads(line))["kind"] == "train_time"]
+    assert [entry["step"] for entry in times] == [1, 2, 3, 4, 5, 6]
+    for entry in times:
+        shares = entry["shares"]
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert min(shares["forward"], shares["backward"], shares["step"]) > 0
+        # An evaluation every second step, and each writes a best checkpoint as long as the NLL falls.
+        assert (shares["evaluate"] > 0) == (entry["step"] % 2 == 0)
+    summary = json.loads((uninterrupted.folder / "whole" / "summary.json").read_text())
+    assert sum(summary["time_shares"].values()) == pytest.approx(1.0)
+    assert summary["mfu"] == pytest.approx(
+        sum(entry["mfu"] * entry["step_time_s"] for entry in steps) / sum(entry["step_time_s"] for entry in steps)
+    )
+
+
+def test_a_profile_of_a_few_steps_is_written_by_one_rank_and_changes_nothing(uninterrupted: Place) -> None:
+    place = uninterrupted
+    done = place.train("profiled", "--profile")
+    assert [process.returncode for process in done] == [0, 0], _said(done)
+    (trace,) = (place.folder / "profiled" / "profile").iterdir()
+    assert str(trace) in done[0].stdout and str(trace) not in done[1].stdout
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"aten::mm", "ProfilerStep#2", "ProfilerStep#4"} <= names and "ProfilerStep#1" not in names
+    assert [e["loss"] for e in place.steps("profiled")] == [e["loss"] for e in place.steps("whole")]
+
+
+def test_a_run_too_short_for_a_profile_says_so(place: Place) -> None:
+    done = place.train("short", "--profile", "schedule.max_steps=1", "evaluate.every=0", ranks=1)
+    assert done[0].returncode == 0 and "no profile" in done[0].stdout, _said(done)
+
+
 def test_stopping_at_every_step_changes_no_bit(uninterrupted: Place) -> None:
     """Dropout on, a step that does not divide over the ranks, the epoch's end inside the run."""
     place = uninterrupted
