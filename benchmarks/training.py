@@ -105,41 +105,51 @@ def write_run_file(options: argparse.Namespace, place: Path, length: int, steps:
     return path
 
 
-def write_batches(run_file: Path, path: Path) -> Batches:
-    """The packs that `sft-dist train` will take in each step, in the order of ranks."""
+def write_batches(run_file: Path, path: Path, *, ranks: int = RANKS, steps: int | None = None) -> Batches:
+    """The packs that `sft-dist train` will take in each of the first `steps` steps: by micro-step, then by rank."""
     sys.path.insert(0, str(ROOT))
     from sft_dist.config import load_config
     from sft_dist.preparation import training_set
 
     selection, plan = training_set(load_config(run_file))
-    steps, tokens, targets, squares = [], 0, 0, 0
-    for step in range(plan.num_steps):
+    numbers = range(plan.num_steps if steps is None else min(steps, plan.num_steps))
+    written, tokens, targets, squares = [], 0, 0, 0
+    for step in numbers:
+        of_ranks = [
+            plan.micro_batches(step, data_rank=rank, data_size=ranks, packs_per_micro_batch=1) for rank in range(ranks)
+        ]
         packs = []
-        for rank in range(RANKS):
-            for pack in plan.micro_batches(step, data_rank=rank, data_size=RANKS, packs_per_micro_batch=1):
-                examples = [selection[index] for index in pack]
-                rows = [
-                    {"ids": e.sample.ids.tolist(), "is_target": (e.weights > 0).astype(int).tolist()} for e in examples
-                ]
-                packs.append(rows)
-                lengths = [len(row["ids"]) for row in rows]
-                tokens += sum(lengths)
-                targets += sum(sum(row["is_target"][1:]) for row in rows)
-                squares += sum(length * (length + 1) for length in lengths)
-        steps.append(packs)
-    path.write_text(json.dumps({"steps": steps}))
-    return Batches(path, tokens / len(steps), targets / len(steps), squares / len(steps))
+        for pack in (pack for micro_step in zip(*of_ranks, strict=True) for pack in micro_step):
+            examples = [selection[index] for index in pack]
+            rows = [{"ids": e.sample.ids.tolist(), "is_target": (e.weights > 0).astype(int).tolist()} for e in examples]
+            packs.append(rows)
+            lengths = [len(row["ids"]) for row in rows]
+            tokens += sum(lengths)
+            targets += sum(sum(row["is_target"][1:]) for row in rows)
+            squares += sum(length * (length + 1) for length in lengths)
+        written.append(packs)
+    path.write_text(json.dumps({"steps": written}))
+    return Batches(path, tokens / len(written), targets / len(written), squares / len(written))
 
 
 def deepspeed_file(place: Path) -> Path:
-    """Our own settings for CPU ranks, with what the run file would decide."""
-    tree = json.loads((ROOT / "ds_configs" / "cpu.json").read_text()) | {
+    """ZeRO-3 as a careful user sets it for a model of this size: DeepSpeed's own buckets would take gigabytes."""
+    tree = {
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 10_000,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": False},
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
+        "steps_per_print": 2**62,
     }
     path = place / "deepspeed.json"
     path.write_text(json.dumps(tree))
