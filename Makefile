@@ -89,7 +89,7 @@ GPU_PACKAGES := annotated-types datasets dill hjson multiprocess pydantic pydant
     typing-inspection
 GPU_PYTHON := 3.12
 gpu-wheels: setup
-	rm -rf $(WHEELS)
+	rm -f $(WHEELS)/*.whl
 	$(BIN)/python -m pip --disable-pip-version-check download -q -c constraints.txt --no-deps --only-binary=:all: \
 	    --implementation cp --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 \
 	    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest $(WHEELS) $(GPU_PACKAGES)

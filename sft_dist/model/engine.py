@@ -99,7 +99,8 @@ def _bf16(section: dict[str, Any], path: Path, dtype: torch.dtype) -> dict[str, 
     if refused := sorted(section.keys() - allowed):
         raise ConfigError(f"deepspeed: {path}: bf16.{refused[0]} is decided by model.dtype in the run file")
     if any(section.values()) and dtype is not torch.bfloat16:
-        raise ConfigError(f"deepspeed: {path}: states of 16 bits need model.dtype: bfloat16, which is {dtype} here")
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"deepspeed: {path}: states of 16 bits need model.dtype: bfloat16, which is {name} here")
     return {"enabled": dtype is torch.bfloat16, **section}
 
 
