@@ -3,12 +3,14 @@
 # make test    every test
 # make demo    the main job on a small real model: all GPUs there are, else two CPU ranks; within 10 minutes
 #              MODEL=, TRAIN= and HELDOUT= (folder, file or Hub id) put your own in place of the demo's
+# make gpu-wheels   collect in WHEELS= (.whl) what a GPU machine without a network lacks beside torch and transformers
+# make gpu-check    there: GPU tests and training near its floor, on one GPU, within ten minutes
 # make clean   remove caches, builds and the demo's folder (not .venv, prepared/ and runs/)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup check test format demo demo-short clean
+.PHONY: help setup check test format demo demo-short gpu-wheels gpu-check clean
 
 VENV := .venv
 STAMP := $(VENV)/.setup-done
@@ -79,6 +81,25 @@ demo: setup
 
 demo-short: setup
 	$(BIN)/python examples/quickstart/demo.py --short $(DEMO_ARGS)
+
+# For the Python of the GPU machine, which need not be ours; deepspeed is a source distribution and becomes a wheel of
+# pure Python here. What is installed there is kept as it is: only what is named comes along, nothing it depends on.
+WHEELS := .whl
+GPU_PACKAGES := annotated-types datasets dill hjson multiprocess pydantic pydantic_core typing_extensions \
+    typing-inspection
+GPU_PYTHON := 3.12
+gpu-wheels: setup
+	rm -f $(WHEELS)/*.whl
+	$(BIN)/python -m pip --disable-pip-version-check download -q -c constraints.txt --no-deps --only-binary=:all: \
+	    --implementation cp --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 \
+	    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest $(WHEELS) $(GPU_PACKAGES)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation \
+	    --wheel-dir $(WHEELS) -c constraints.txt deepspeed
+	@du -sh $(WHEELS)
+
+# With the Python that is there: such a machine has no .venv.
+gpu-check:
+	python3 benchmarks/gpu_check.py --wheels $(WHEELS)
 
 clean:
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo

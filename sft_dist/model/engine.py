@@ -38,7 +38,6 @@ _DECIDED_BY_RUN_FILE = {
     "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "optimizer",
     "scheduler": "schedule",
-    "bf16": "model.dtype",
     "fp16": "model.dtype",
     "zero_allow_untested_optimizer": "optimizer",
     "steps_per_print": "logging",
@@ -91,10 +90,21 @@ def resolve_deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the plan accumulates; Engine.backward marks the last micro-batch
         "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16": {"enabled": compute_dtype(config.model) is torch.bfloat16},
+        "bf16": _bf16(tree.get("bf16", {}), path, compute_dtype(config.model)),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
+
+
+def _bf16(section: dict[str, Any], path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """What a DeepSpeed file may say about bf16: that states have 16 bits. Whether it is on is model.dtype's."""
+    allowed = {"bf16_master_weights_and_grads", "bf16_optimizer_states"}
+    if refused := sorted(section.keys() - allowed):
+        raise ConfigError(f"deepspeed: {path}: bf16.{refused[0]} is decided by model.dtype in the run file")
+    if any(section.values()) and dtype is not torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"deepspeed: {path}: states of 16 bits need model.dtype: bfloat16, which is {name} here")
+    return {"enabled": dtype is torch.bfloat16, **section}
 
 
 class Engine:
