@@ -20,6 +20,7 @@ from sft_dist.config import DataConfig, ModelConfig
 from sft_dist.data.conversation import Message, RecordError
 from sft_dist.data.marks import Marks
 from sft_dist.data.tokenizer import load_tokenizer, template_text
+from sft_dist.data.words import WordEncoder, bytes_of_piece, word_encoder
 from sft_dist.errors import ConfigError
 
 # Templates ask for today with strftime_now("%d %b %Y"): a macro of that name answers with data.date instead.
@@ -99,22 +100,42 @@ class Renderer:
         return Tokenizer.from_str(json.dumps(self._middle_spec | {"added_tokens": [], "post_processor": None}))
 
     @cached_property
-    def _middle_spec(self) -> dict[str, Any]:
+    def _spec(self) -> dict[str, Any]:
         spec: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return spec
+
+    @cached_property
+    def _middle_spec(self) -> dict[str, Any]:
+        spec = dict(self._spec)
         for stage in ("normalizer", "pre_tokenizer"):
             spec[stage] = _without_prefix_space(spec[stage])
         return spec
 
     @cached_property
+    def words(self) -> WordEncoder | None:
+        """Encodes pieces of text faster than the backends, wherever they lie; None where it could not do the same."""
+        if self.token_bytes is None:
+            return None
+        return word_encoder(self.tokenizer.backend_tokenizer, self._spec)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """[vocabulary] the bytes that each id decodes to; None where the tokenizer is not byte-level."""
+        if self._spec["decoder"] is None or self._spec["decoder"]["type"] != "ByteLevel":
+            return None
+        decoded = [b""] * len(self.tokenizer)
+        for token, i in self.tokenizer.get_vocab().items():
+            decoded[i] = bytes_of_piece(token)
+        return decoded
+
+    @cached_property
     def byte_lengths(self) -> NDArray[np.int32] | None:
         """int32 [vocabulary]: bytes of text behind each id; None where the tokenizer is not byte-level."""
-        if self._middle_spec["decoder"] is None or self._middle_spec["decoder"]["type"] != "ByteLevel":
+        if self.token_bytes is None:
             return None
-        added = self.tokenizer.added_tokens_decoder
-        lengths = np.zeros(len(self.tokenizer), np.int32)
-        for token, i in self.tokenizer.get_vocab().items():
-            # Every character of a byte-level piece stands for one byte.
-            lengths[i] = len(added[i].content.encode()) if i in added else len(token)
+        lengths = np.array(list(map(len, self.token_bytes)), np.int32)
+        for i, token in self.tokenizer.added_tokens_decoder.items():
+            lengths[i] = len(token.content.encode())
         return lengths
 
     @cached_property
