@@ -89,8 +89,8 @@ def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | Rec
     """Encode all layouts; their pieces go to the tokenizer in one batch."""
     pieces = [_pieces(renderer, layout) for layout in layouts]
     encoded = {
-        kind: iter(_encode_batch(renderer, backend, [p.text for group in pieces for p in group if p.kind == kind]))
-        for kind, backend in _backends(renderer).items()
+        kind: iter(_encode_batch(renderer, kind, [p.text for group in pieces for p in group if p.kind == kind]))
+        for kind in ("sections", "middle")
     }
     results: list[_Tokens | RecordError] = []
     for layout, group in zip(layouts, pieces, strict=True):
@@ -112,14 +112,15 @@ def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | Rec
     return results
 
 
-def _backends(renderer: Renderer) -> dict[str, Any]:
-    return {"sections": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
+def _backend(renderer: Renderer, kind: str) -> Any:
+    return renderer.tokenizer.backend_tokenizer if kind == "sections" else renderer.middle_backend
 
 
-def _encode_batch(renderer: Renderer, backend: Any, texts: list[str]) -> Sequence[Any]:
+def _encode_batch(renderer: Renderer, kind: str, texts: list[str]) -> Sequence[Any]:
     """Ids of each text where the lengths of tokens tell where they lie, else encodings with offsets."""
     if renderer.words is not None:
         return renderer.words.encode(texts)
+    backend = _backend(renderer, kind)
     if renderer.byte_lengths is not None:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
@@ -134,9 +135,10 @@ def _in_bytes(renderer: Renderer, layout: Layout, group: Sequence[_Piece], parts
     byte_of = _byte_of(layout)
     if (ends[-1] if len(ends) else 0) != (len(layout.text) if byte_of is None else byte_of[-1]):
         # White space was swallowed or text was normalised: only the tokenizer knows what came from where.
-        backends = _backends(renderer)
         encodings = [
-            part if piece.kind == "stand-in" else backends[piece.kind].encode(piece.text, add_special_tokens=False)
+            part
+            if piece.kind == "stand-in"
+            else _backend(renderer, piece.kind).encode(piece.text, add_special_tokens=False)
             for piece, part in zip(group, parts, strict=True)
         ]
         return _in_characters(group, encodings)

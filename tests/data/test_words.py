@@ -20,9 +20,10 @@ CASED = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CORPUS = [
-    *("I can't say what they've seen; it's 1984, isn't it?\n\n  def f(x):\n\treturn x ** 2  # straße, naïve, 日本語",),
-    *("We'll see you'd go. 'SHOUT' WE'RE 12 345 6789 ½ ² ⅷ ٣٤ … “quoted” — done 😀😀", "  \r\n\r\n  x  y   z\u00a0\u2003\u3000w"),
-] * 3  # fmt: skip
+    "I can't say what they've seen; it's 1984, isn't it?\n\n  def f(x):\n\treturn x ** 2  # straße, naïve, 日本語",
+    "We'll see you'd go. 'SHOUT' WE'RE 12 345 6789 ½ ² ⅷ ٣٤ … “quoted” — done 😀😀",
+    "  \r\n\r\n  x  y   z\u00a0\u2003\u3000w",
+]
 
 
 def stages(name: str) -> Any:
@@ -43,7 +44,9 @@ def tokenizer(name: str, composes: bool = False) -> Tokenizer:
     if composes:
         own.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    own.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    own.train_from_iterator(
+        CORPUS * 3, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    )
     own.add_special_tokens(["<|im_end|>", "<|im"])
     own.add_tokens([AddedToken("<think>", normalized=False)])
     return own
@@ -58,9 +61,26 @@ def encoder(name: str, composes: bool = False) -> WordEncoder:
 
 
 pieces = st.sampled_from(
-    [*(CORPUS[0].split() + CORPUS[1].split()), " ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "'", "'ſ", "'LL", "K", "<|im"]
-    + ["<|im_end|>", "<think>", "e\u0301", "각", "\u1100\u1161", "𝐀", "𠀀", "🄀", "🯰", "🇩🇪", "\u0378", "\U000f0000", "ǅ", "ʰ"]
-)  # fmt: skip
+    [
+        *(*CORPUS[0].split(), *CORPUS[1].split(), " ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "'", "'ſ", "'LL", "K"),
+        *(
+            "<|im",
+            "<|im_end|>",
+            "<think>",
+            "e\u0301",
+            "각",
+            "\u1100\u1161",
+            "𝐀",
+            "𠀀",
+            "🄀",
+            "🯰",
+            "🇩🇪",
+            "\u0378",
+            "ǅ",
+            "ʰ",
+        ),
+    ]
+)
 texts = st.lists(pieces | st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=12).map("".join)
 NAMES = ["gpt2", "digits", "qwen", "llama3", "cased"]
 
@@ -105,6 +125,10 @@ def test_what_is_met_is_forgotten_before_it_fills_the_memory(monkeypatch: pytest
         assert len(small._ids) <= 10
 
 
+STRIPPING = {"id": 9, "content": "x", "special": True, "normalized": False, "single_word": False}
+STRIPPING |= {"lstrip": True, "rstrip": False}
+
+
 def variant(**changes: Any) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(json.loads(tokenizer("qwen").to_str()) | changes))
 
@@ -126,8 +150,7 @@ def split(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
         {"pre_tokenizer": split(r"^\p{L}|\p{L}+|\P{L}+")},
         {"pre_tokenizer": split(r"\p{L}++|[^\p{L}]")},  # possessive
         {"pre_tokenizer": split(r"\p{L}+|[^\p{L}]", "MergedWithNext")},
-        {"added_tokens": [{"id": 9, "content": "x", "special": True, "normalized": False, "lstrip": True, "rstrip": False,
-                           "single_word": False}]},
+        {"added_tokens": [STRIPPING]},
     ],
 )  # fmt: skip
 def test_tokenizers_that_cut_otherwise_are_left_to_the_library(changes: dict[str, Any]) -> None:
