@@ -97,12 +97,16 @@ def test_words_give_the_ids_that_the_library_gives(name: str, composes: bool, ba
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_character_belongs_to_the_words_that_the_library_cuts(name: str) -> None:
+    """The words themselves: too small a vocabulary has the same ids for other words."""
+    num_known = 0
     for block in range(0, 0x20000, 4096):
         characters = [chr(i) for i in range(block, block + 4096) if not 0xD800 <= i < 0xE000]
         known = [c for c in characters if not encoder(name)._is_strange(c)]
-        batch = ["".join(f"a{c} {c}1\n" for c in known), "".join(characters)]
-        expected = [e.ids for e in tokenizer(name).encode_batch_fast(batch, add_special_tokens=False)]
-        assert [ids.tolist() for ids in encoder(name).encode(batch)] == expected
+        num_known += len(known)
+        text = "".join(f"a{c} {c}1\n" for c in known)
+        spans = [span for _, span in tokenizer(name).pre_tokenizer.pre_tokenize_str(text)]
+        assert encoder(name)._cut(text) == [text[begin:end] for begin, end in spans]
+    assert num_known > 50_000
 
 
 @pytest.mark.parametrize("name", NAMES)
