@@ -34,7 +34,7 @@ def escape(marks: Marks, conversation: Conversation) -> tuple[Conversation, dict
     Markup tokens (added, not special: <think>, <tool_call>) are part of what a model writes, so they stay
     tokens in assistant messages and become text in all others.
     """
-    stand_in_of = _stand_ins(marks, "\n".join(_all_texts(conversation)))
+    stand_in_of = _stand_ins(marks, "\n".join(all_texts(conversation)))
     if not stand_in_of:
         return conversation, {}
     everywhere = _pattern_of(stand_in_of)
@@ -105,7 +105,8 @@ def _pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
-def _all_texts(conversation: Conversation) -> Iterator[str]:
+def all_texts(conversation: Conversation) -> Iterator[str]:
+    """Whatever is said in a conversation, in any role and any field."""
     for message in conversation.messages:
         yield message.content or ""
         yield message.reasoning or ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from sft_dist.data.answers import answer_ends
 from sft_dist.data.conversation import Conversation, RecordError, short
-from sft_dist.data.escaping import OTHER_TEXT, escape, mapped, without_edges
+from sft_dist.data.escaping import OTHER_TEXT, all_texts, escape, mapped, without_edges
 from sft_dist.data.renderer import REASONING_KEYS, Renderer
 
 
@@ -108,10 +108,9 @@ def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Seq
         marks = [*mark.findall(text), ""]
         return "".join(without_edges(renderer.marks, said) + m for said, m in zip(mark.split(text), marks, strict=True))
 
-    twin = mapped(escaped, without_parts, without_parts)
-    if twin == escaped:
+    if all(without_parts(text) == text for text in all_texts(escaped)):
         return
-    work = _Renders(renderer, twin)
+    work = _Renders(renderer, mapped(escaped, without_parts, without_parts))
     for layout in layouts:
         demanded = mark.findall(work.upto(len(layout.starts) - 1))
         if mark.findall(layout.text) != demanded:

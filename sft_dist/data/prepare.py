@@ -5,6 +5,7 @@ ranks, interrupted or not. Ranks share the work through the folder alone (data/p
 c mod size. Never imports torch or starts process groups.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -40,8 +41,9 @@ _SAY_WAITING_S = 10.0
 _LOOK_EVERY_S = 0.5
 _NAMED_RANKS = 10
 # Roughly what one process renders, and how long new ones take to start: whether they pay.
-_BYTES_PER_S = 1e6
+_BYTES_PER_S = 3e6
 _WORKERS_START_S = 1.5
+_OBJECTS_PER_COLLECTION = 50_000
 # Modules of this folder that do not decide what a record becomes; all others are in the key of what they made.
 _INDIFFERENT = ("prepare", "partial", "workers", "progress", "manifest", "packing", "plan", "selection", "comparison")
 
@@ -242,7 +244,12 @@ def _same(renderer: Renderer) -> Renderer:
 
 def _start_worker(load: Callable[[], Renderer], partial: Partial) -> Callable[[Task], None]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return bind(_make_chunk, load(), partial)
+    renderer = load()
+    # Most of what is made here lives until its chunk is written: to look for cycles in it, and in the vocabulary, again
+    # and again costs a tenth.
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
+    return bind(_make_chunk, renderer, partial)
 
 
 def _make_chunk(renderer: Renderer, partial: Partial, task: Task) -> None:

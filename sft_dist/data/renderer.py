@@ -20,6 +20,7 @@ from sft_dist.config import DataConfig, ModelConfig
 from sft_dist.data.conversation import Message, RecordError
 from sft_dist.data.marks import Marks
 from sft_dist.data.tokenizer import load_tokenizer, template_text
+from sft_dist.data.words import WordEncoder, bytes_of_piece, word_encoder
 from sft_dist.errors import ConfigError
 
 # Templates ask for today with strftime_now("%d %b %Y"): a macro of that name answers with data.date instead.
@@ -103,22 +104,42 @@ class Renderer:
         return Tokenizer.from_str(json.dumps(self._middle_spec | {"added_tokens": [], "post_processor": None}))
 
     @cached_property
-    def _middle_spec(self) -> dict[str, Any]:
+    def _spec(self) -> dict[str, Any]:
         spec: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return spec
+
+    @cached_property
+    def _middle_spec(self) -> dict[str, Any]:
+        spec = dict(self._spec)
         for stage in ("normalizer", "pre_tokenizer"):
             spec[stage] = _without_prefix_space(spec[stage])
         return spec
 
     @cached_property
+    def words(self) -> WordEncoder | None:
+        """Encodes pieces of text faster than the backends, wherever they lie; None where it could not do the same."""
+        if self.token_bytes is None:
+            return None
+        return word_encoder(self.tokenizer.backend_tokenizer, self._spec)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """[vocabulary] the bytes that each id decodes to; None where the tokenizer is not byte-level."""
+        if self._spec["decoder"] is None or self._spec["decoder"]["type"] != "ByteLevel":
+            return None
+        decoded = [b""] * len(self.tokenizer)
+        for token, i in self.tokenizer.get_vocab().items():
+            decoded[i] = bytes_of_piece(token)
+        return decoded
+
+    @cached_property
     def byte_lengths(self) -> NDArray[np.int32] | None:
         """int32 [vocabulary]: bytes of text behind each id; None where the tokenizer is not byte-level."""
-        if self._middle_spec["decoder"] is None or self._middle_spec["decoder"]["type"] != "ByteLevel":
+        if self.token_bytes is None:
             return None
-        added = self.tokenizer.added_tokens_decoder
-        lengths = np.zeros(len(self.tokenizer), np.int32)
-        for token, i in self.tokenizer.get_vocab().items():
-            # Every character of a byte-level piece stands for one byte.
-            lengths[i] = len(added[i].content.encode()) if i in added else len(token)
+        lengths = np.array(list(map(len, self.token_bytes)), np.int32)
+        for i, token in self.tokenizer.added_tokens_decoder.items():
+            lengths[i] = len(token.content.encode())
         return lengths
 
     @cached_property
@@ -166,14 +187,13 @@ class Renderer:
                 "model.path: its tokenizer has no chat template; set data.chat_template to a Jinja file, or to "
                 "`chatml` for the one that ships"
             )
+        variables = {"tools": list(tools) or None, "add_generation_prompt": generation_prompt}
         try:
+            # The same at half the cost; transformers has names and an order of its own for reasoning.
+            if self._compiled is not None and messages and not any("reasoning" in message for message in messages):
+                return str(self._compiled.render(messages=messages, documents=None, **self._variables, **variables))
             text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                chat_template=self._source,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self._kwargs,
+                list(messages), chat_template=self._source, tokenize=False, **self._kwargs, **variables
             )
         except (
             *(TemplateError, TypeError, KeyError, IndexError, ValueError),
@@ -181,6 +201,19 @@ class Renderer:
         ) as error:
             raise RecordError("template error", f"the chat template refuses it: {error}") from None
         return str(text)
+
+    @cached_property
+    def _variables(self) -> dict[str, Any]:
+        """What a template gets beside messages and tools."""
+        return {**self.tokenizer.special_tokens_map, **self._kwargs}
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The template as transformers compiles it; None where it would have to change what the template gets."""
+        from transformers.utils import chat_template_utils
+
+        compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+        return compiled(self._source) if compiled is not None and _is_plain(self._variables) else None
 
     def plain(self, message: Message) -> dict[str, Any]:
         """A message as the template gets it; an absent part is an absent key, as transformers has it."""
@@ -295,6 +328,15 @@ def load_renderer(model: ModelConfig, data: DataConfig) -> Renderer:
     tokenizer = load_tokenizer(model)
     template = template_text(tokenizer, data.chat_template)
     return Renderer(tokenizer, template, date=data.date, template_kwargs=data.template_kwargs)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a tree is of JSON's own types."""
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def _without_prefix_space(stage: Any) -> Any:

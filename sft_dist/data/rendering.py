@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sft_dist.data.conversation import Conversation, Record, RecordError, Text, Tokens, digest
 from sft_dist.data.escaping import escape_text
-from sft_dist.data.layout import Answer, Layout, as_written, common_length, lay_out
+from sft_dist.data.layout import Layout, as_written, common_length, lay_out
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
 
@@ -27,7 +27,7 @@ def render(renderer: Renderer, records: Sequence[Record]) -> list[Samples | Reco
     layouts = [_attempt(_layouts, renderer, record) for record in records]
     flat = [layout for of_record in layouts if not isinstance(of_record, RecordError) for layout in of_record]
     encoded = _encode(renderer, flat)
-    decoded = iter(_decode(renderer, [tokens.ids for tokens in encoded if isinstance(tokens, _Tokens)]))
+    decoded = iter(_decode(renderer, [tokens.ids.tolist() for tokens in encoded if isinstance(tokens, _Tokens)]))
     texts = iter([next(decoded) if isinstance(tokens, _Tokens) else "" for tokens in encoded])
     tokens_of = iter(encoded)
     results: list[Samples | RecordError] = []
@@ -66,15 +66,16 @@ def _text_layout(renderer: Renderer, text: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Ids, and where each begins and ends in its text, counted in bytes of what was written or in characters."""
+    """Ids, and where each begins and ends in its text, counted in characters or in bytes of what was written."""
 
     ids: NDArray[np.int32]  # [T]
     begins: NDArray[np.int64]  # [T]
     ends: NDArray[np.int64]  # [T]
-    in_bytes: bool
+    byte_of: NDArray[np.int64] | None  # [characters of the layout + 1] where those are bytes
 
-    def position(self, layout: Layout, character: int) -> int:
-        return len(as_written(layout, layout.text[:character]).encode()) if self.in_bytes else character
+    def positions(self, characters: Sequence[int]) -> NDArray[np.int64]:
+        places = np.array(characters, np.int64)
+        return places if self.byte_of is None else self.byte_of[places]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,9 @@ class _Piece:
 def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | RecordError]:
     """Encode all layouts; their pieces go to the tokenizer in one batch."""
     pieces = [_pieces(renderer, layout) for layout in layouts]
-    lengths = renderer.byte_lengths
     encoded = {
-        kind: iter(_encode_batch(backend, [p.text for group in pieces for p in group if p.kind == kind], lengths))
-        for kind, backend in _backends(renderer).items()
+        kind: iter(_encode_batch(renderer, kind, [p.text for group in pieces for p in group if p.kind == kind]))
+        for kind in ("sections", "middle")
     }
     results: list[_Tokens | RecordError] = []
     for layout, group in zip(layouts, pieces, strict=True):
@@ -105,37 +105,55 @@ def _encode(renderer: Renderer, layouts: Sequence[Layout]) -> list[_Tokens | Rec
             parts.append(None if isinstance(written, RecordError) else written)
         if problem is not None:
             results.append(problem)
-        elif lengths is not None:
-            results.append(_in_bytes(renderer, layout, group, parts, lengths))
+        elif renderer.byte_lengths is not None:
+            results.append(_in_bytes(renderer, layout, group, parts))
         else:
             results.append(_in_characters(group, parts))
     return results
 
 
-def _backends(renderer: Renderer) -> dict[str, Any]:
-    return {"sections": renderer.tokenizer.backend_tokenizer, "middle": renderer.middle_backend}
+def _backend(renderer: Renderer, kind: str) -> Any:
+    return renderer.tokenizer.backend_tokenizer if kind == "sections" else renderer.middle_backend
 
 
-def _encode_batch(backend: Any, texts: list[str], lengths: NDArray[np.int32] | None) -> Any:
-    """Encodings without offsets where the lengths of the tokens tell them."""
-    encode = backend.encode_batch if lengths is None else backend.encode_batch_fast
-    return encode(texts, add_special_tokens=False)
+def _encode_batch(renderer: Renderer, kind: str, texts: list[str]) -> Sequence[Any]:
+    """Ids of each text where the lengths of tokens tell where they lie, else encodings with offsets."""
+    if renderer.words is not None:
+        return renderer.words.encode(texts)
+    backend = _backend(renderer, kind)
+    if renderer.byte_lengths is not None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
+    return encodings
 
 
-def _in_bytes(
-    renderer: Renderer, layout: Layout, group: Sequence[_Piece], parts: Sequence[Any], lengths: NDArray[np.int32]
-) -> _Tokens:
-    ids = np.array([i for part in parts for i in (part if isinstance(part, tuple) else part.ids)], np.int32)
+def _in_bytes(renderer: Renderer, layout: Layout, group: Sequence[_Piece], parts: Sequence[Sequence[int]]) -> _Tokens:
+    lengths = renderer.byte_lengths
+    assert lengths is not None
+    ids = np.concatenate([np.zeros(0, np.int32), *parts], dtype=np.int32)
     ends = np.cumsum(lengths[ids], dtype=np.int64)
-    if (ends[-1] if len(ends) else 0) != len(as_written(layout, layout.text).encode()):
+    byte_of = _byte_of(layout)
+    if (ends[-1] if len(ends) else 0) != (len(layout.text) if byte_of is None else byte_of[-1]):
         # White space was swallowed or text was normalised: only the tokenizer knows what came from where.
-        backends = _backends(renderer)
-        parts = [
-            part if piece.kind == "stand-in" else backends[piece.kind].encode(piece.text, add_special_tokens=False)
+        encodings = [
+            part
+            if piece.kind == "stand-in"
+            else _backend(renderer, piece.kind).encode(piece.text, add_special_tokens=False)
             for piece, part in zip(group, parts, strict=True)
         ]
-        return _in_characters(group, parts)
-    return _Tokens(ids, np.concatenate([[0], ends[:-1]]), ends, in_bytes=True)
+        return _in_characters(group, encodings)
+    return _Tokens(ids, ends - lengths[ids], ends, byte_of)
+
+
+def _byte_of(layout: Layout) -> NDArray[np.int64] | None:
+    """int64 [characters + 1]: where the bytes of each begin in what was written; None where each is one byte."""
+    if layout.text.isascii() and not layout.stand_ins:
+        return None
+    codes = np.frombuffer(layout.text.encode("utf-32-le"), np.uint32)
+    num_bytes = 1 + (codes >= 0x80) + (codes >= 0x800).astype(np.int64) + (codes >= 0x10000)
+    for character, written in layout.stand_ins.items():
+        num_bytes[codes == ord(character)] = len(written.encode())
+    return np.concatenate([[0], np.cumsum(num_bytes)])
 
 
 def _in_characters(group: Sequence[_Piece], parts: Sequence[Any]) -> _Tokens:
@@ -149,7 +167,7 @@ def _in_characters(group: Sequence[_Piece], parts: Sequence[Any]) -> _Tokens:
             ids += part.ids
             offsets += [(piece.begin + begin, piece.begin + end) for begin, end in part.offsets]
     edges = np.array(offsets, np.int64).reshape(-1, 2)
-    return _Tokens(np.array(ids, np.int32), edges[:, 0], edges[:, 1], in_bytes=False)
+    return _Tokens(np.array(ids, np.int32), edges[:, 0], edges[:, 1], byte_of=None)
 
 
 def _pieces(renderer: Renderer, layout: Layout) -> list[_Piece]:
@@ -178,9 +196,11 @@ def _pieces(renderer: Renderer, layout: Layout) -> list[_Piece]:
     return pieces
 
 
-def _decode(renderer: Renderer, sequences: Sequence[NDArray[np.int32]]) -> list[str]:
-    backend = renderer.tokenizer.backend_tokenizer
-    decoded: list[str] = backend.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=False)
+def _decode(renderer: Renderer, sequences: Sequence[list[int]]) -> list[str]:
+    if renderer.token_bytes is not None:
+        bytes_of = renderer.token_bytes.__getitem__
+        return [b"".join(map(bytes_of, ids)).decode("utf-8", "replace") for ids in sequences]
+    decoded: list[str] = renderer.tokenizer.backend_tokenizer.decode_batch(sequences, skip_special_tokens=False)
     return decoded
 
 
@@ -234,33 +254,34 @@ def _is_same(renderer: Renderer, decoded: str, expected: str) -> bool:
 
 def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, tokens: _Tokens) -> Sample:
     # Only the start of an answer must be the start of a token; a token across another boundary is the earlier one's.
-    positions = [tokens.position(layout, character) for character in layout.starts]
-    boundaries = np.searchsorted(tokens.begins, positions).tolist()
+    places = [*layout.starts]
+    places += [place for answer in layout.answers.values() for place in (answer.start, answer.end)]
+    places += [place for content in layout.contents.values() for place in content]
+    positions = tokens.positions(places)
+    position_of = dict(zip(places, positions.tolist(), strict=True))
+    token_at = dict(zip(places, np.searchsorted(tokens.begins, positions).tolist(), strict=True))
+    token_over = dict(zip(places, np.searchsorted(tokens.ends, positions, side="right").tolist(), strict=True))
     spans: list[Span] = []
     turn = 0
     for number, message in enumerate(conversation.messages[: len(layout.starts) - 1]):
         turn += message.role == "assistant"
-        start, end = boundaries[number], boundaries[number + 1]
+        start, end = token_at[layout.starts[number]], token_at[layout.starts[number + 1]]
         output_start = output_end = end
         if answer := layout.answers.get(number):
-            output_start, output_end = _answer_tokens(renderer, layout, tokens, answer, number)
+            output_start, output_end = token_at[answer.start], token_at[answer.end]
+            _check_answer(renderer, tokens, (output_start, output_end), position_of[answer.start], number)
             assert start <= output_start < output_end <= end, "an answer lies in its message"
         elif content := layout.contents.get(number):
             # All tokens that hold some of it: in other roles than the model's own, tokens may lie across its edges.
-            first = int(np.searchsorted(tokens.ends, tokens.position(layout, content[0]), side="right"))
-            last = int(np.searchsorted(tokens.begins, tokens.position(layout, content[1])))
-            output_start = min(max(first, start), end)
-            output_end = max(output_start, min(last, end))
+            output_start = min(max(token_over[content[0]], start), end)
+            output_end = max(output_start, min(token_at[content[1]], end))
+        is_owned = number in layout.answers or number in layout.contents
+        own_turn = turn if message.role == "assistant" else 0
         spans.append(
             Span(
-                number,
-                message.role,
-                start,
-                output_start,
-                output_end,
-                end,
-                is_owned=number in layout.answers or number in layout.contents,
-                turn=turn if message.role == "assistant" else 0,
+                *(number, message.role, start, output_start, output_end, end),
+                is_owned=is_owned,
+                turn=own_turn,
                 weight=message.weight,
                 train=message.train,
             )
@@ -277,16 +298,14 @@ def _sample(renderer: Renderer, conversation: Conversation, layout: Layout, toke
     )
 
 
-def _answer_tokens(renderer: Renderer, layout: Layout, tokens: _Tokens, answer: Answer, number: int) -> tuple[int, int]:
-    """Tokens of an answer, the stop token last. Raises RecordError where they do not begin and end with it."""
-    start, end = tokens.position(layout, answer.start), tokens.position(layout, answer.end)
-    first, last = int(np.searchsorted(tokens.begins, start)), int(np.searchsorted(tokens.begins, end))
+def _check_answer(renderer: Renderer, tokens: _Tokens, answer: tuple[int, int], start: int, number: int) -> None:
+    """Raise RecordError unless the tokens of an answer begin where it does, at `start`, and end with a stop token."""
+    first, last = answer
     if first and tokens.ends[first - 1] > start and int(tokens.ids[first - 1]) not in renderer.control_ids:
         # A control token may: it swallows the white space beside it.
         raise RecordError("turn inside a token", f"message {number + 1}: a token lies across the start of the answer")
     if first >= last or int(tokens.ids[last - 1]) not in renderer.control_ids:
         raise RecordError("no stop token", f"message {number + 1}: the stop token is no token of the tokenizer")
-    return first, last
 
 
 def _text_sample(renderer: Renderer, record: Text, layout: Layout, tokens: _Tokens) -> Sample:
