@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config import DataConfig, ModelConfig
-from sft_dist.data.conversation import RecordError
+from sft_dist.data.conversation import Conversation, Message, RecordError
 from sft_dist.data.renderer import Renderer
+from sft_dist.data.rendering import encode_prompt
 from sft_dist.data.tokenizer import load_tokenizer, template_text
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.train import checkpoint as checkpoints
@@ -18,24 +19,24 @@ def run(model: str, *, prompt: str, system: str | None, checkpoint: str, max_new
     import torch
 
     causal_lm, renderer, stop_ids = _load(model, checkpoint)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
+    messages = (*((Message("system", system),) if system else ()), Message("user", prompt))
     try:
-        text = renderer.apply(messages, generation_prompt=True)
+        # As in training: what looks like a control token in the prompt is text.
+        context = encode_prompt(renderer, Conversation("prompt", 0, "prompt", "--prompt", 1.0, messages))
     except RecordError as error:
-        raise ConfigError(f"--model: {model}: its chat template refuses the prompt: {error.detail}") from None
-    inputs = renderer.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(causal_lm.device)
-    _check_context(causal_lm.config, inputs["input_ids"].shape[1], max_new_tokens)
+        raise ConfigError(f"--prompt: it cannot be put to {model}: {error.detail}") from None
+    input_ids = torch.tensor(context, dtype=torch.int64, device=causal_lm.device)[None]
+    _check_context(causal_lm.config, input_ids.shape[1], max_new_tokens)
     with torch.no_grad():
         output = causal_lm.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0],
         )
-    print(renderer.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(renderer.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))
     return ExitCode.DONE
 
 
@@ -53,7 +54,7 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
     import torch
     from transformers.utils import logging
 
-    from sft_dist.model import loading, zero
+    from sft_dist.model import attention, loading, zero
     from sft_dist.model.engine import compute_dtype, set_environment, stored_parameters
 
     logging.disable_progress_bar()
@@ -65,8 +66,8 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
         found = checkpoints.find(Path(model), which)
     else:
         config, data = ModelConfig(path=model), DataConfig(date=datetime.date.today())
-    config = config.model_copy(update={"attention": "sdpa"})
     model_config = loading.load_config(config, max_length=2)
+    config = config.model_copy(update={"attention": attention.for_generation(model_config)})
     causal_lm = loading.load_causal_lm(
         config,
         model_config,

@@ -78,6 +78,16 @@ def lay_out(renderer: Renderer, conversation: Conversation) -> list[Layout]:
     return layouts
 
 
+def lay_out_prompt(renderer: Renderer, conversation: Conversation) -> Layout:
+    """The context in which an answer to a conversation begins. Raises RecordError where the template misreads it."""
+    escaped, stand_ins = escape(renderer.marks, conversation)
+    text = _Renders(renderer, escaped).prompt(len(escaped.messages))
+    layout = Layout(text, (0, len(text)), {}, {}, stand_ins)
+    if stand_ins:
+        _check_same_text(as_written(layout, text), _Renders(renderer, conversation).prompt(len(escaped.messages)))
+    return layout
+
+
 def as_written(layout: Layout, text: str) -> str:
     """A part of a layout's text with what the stand-ins stand for."""
     for character, written in layout.stand_ins.items():
@@ -89,13 +99,16 @@ def _check_control_text_is_only_text(renderer: Renderer, conversation: Conversat
     """The template must not read what someone wrote: the same text must come out without stand-ins, as at inference."""
     work = _Renders(renderer, conversation)
     for layout in layouts:
-        shown, rendered = as_written(layout, layout.text), work.upto(len(layout.starts) - 1)
-        if shown != rendered:
-            at = common_length(shown, rendered)
-            raise RecordError(
-                "control text",
-                f"the template takes what a message says for its own syntax: …{short(shown[max(at - 20, 0) :])}",
-            )
+        _check_same_text(as_written(layout, layout.text), work.upto(len(layout.starts) - 1))
+
+
+def _check_same_text(shown: str, rendered: str) -> None:
+    if shown != rendered:
+        at = common_length(shown, rendered)
+        raise RecordError(
+            "control text",
+            f"the template takes what a message says for its own syntax: …{short(shown[max(at - 20, 0) :])}",
+        )
 
 
 def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Sequence[Layout]) -> None:

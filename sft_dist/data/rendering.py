@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sft_dist.data.conversation import Conversation, Record, RecordError, Text, Tokens, digest
 from sft_dist.data.escaping import escape_text
-from sft_dist.data.layout import Layout, as_written, common_length, lay_out
+from sft_dist.data.layout import Layout, as_written, common_length, lay_out, lay_out_prompt
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
 
@@ -38,6 +38,16 @@ def render(renderer: Renderer, records: Sequence[Record]) -> list[Samples | Reco
         mine = [(layout, next(tokens_of), next(texts)) for layout in of_record]
         results.append(_attempt(_samples, renderer, record, mine))
     return results
+
+
+def encode_prompt(renderer: Renderer, conversation: Conversation) -> NDArray[np.int32]:
+    """int32 [T]: the context of the answer that would follow, as `render` gives it. Raises RecordError."""
+    layout = lay_out_prompt(renderer, conversation)
+    (tokens,) = _encode(renderer, [layout])
+    if isinstance(tokens, RecordError):
+        raise tokens
+    (decoded,) = _decode(renderer, [tokens.ids.tolist()])
+    return _sound(renderer, layout, tokens, decoded).ids
 
 
 def _attempt(function: Any, *arguments: Any) -> Any:

@@ -133,6 +133,12 @@ def choose_attention(
     )
 
 
+def for_generation(model_config: Any) -> str:
+    """One of transformers' own kernels, which know the cache of keys and values."""
+    unmet = Demands.of(model_config, max_length=1).unmet_by("sdpa", "cpu", torch.float32, None)
+    return "sdpa" if unmet is None else "eager"
+
+
 def decide(demands: Demands, wanted: str, device_type: str, dtype: torch.dtype, flash_version: int | None) -> Choice:
     """The part of `choose_attention` that depends on nothing but its arguments."""
     if wanted != "auto":
