@@ -18,6 +18,8 @@ def run(model: str, *, prompt: str, system: str | None, checkpoint: str, max_new
     """Print the greedy answer."""
     import torch
 
+    from sft_dist.model import loading
+
     causal_lm, renderer, stop_ids = _load(model, checkpoint)
     messages = (*((Message("system", system),) if system else ()), Message("user", prompt))
     try:
@@ -26,6 +28,7 @@ def run(model: str, *, prompt: str, system: str | None, checkpoint: str, max_new
     except RecordError as error:
         raise ConfigError(f"--prompt: it cannot be put to {model}: {error.detail}") from None
     input_ids = torch.tensor(context, dtype=torch.int64, device=causal_lm.device)[None]
+    loading.check_ids(causal_lm.config, int(context.max()))
     _check_context(causal_lm.config, input_ids.shape[1], max_new_tokens)
     with torch.no_grad():
         output = causal_lm.generate(

@@ -33,6 +33,7 @@ class Batch:
     host_cu_seqlens: Tensor  # the same, and never moved: kernels on the host read it without waiting for the device
     lengths: tuple[int, ...]  # [n], the same on the host
     turns: tuple[tuple[int, int], ...]  # (number of the example in the batch, message number) of each turn slot
+    largest_id: int  # of input_ids and targets, known to the host
     parents: tuple[int, ...] | None = None  # [n] the sample that each continues, or -1; None: none continues another
 
     @property
@@ -106,6 +107,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         host_cu_seqlens=cu_seqlens,
         lengths=lengths,
         turns=tuple(turns),
+        largest_id=max(int(part.max()) for part in ids),
     )
 
 
@@ -155,6 +157,7 @@ def collate_trees(trees: Sequence[Tree]) -> Batch:
         host_cu_seqlens=cu_seqlens,
         lengths=tuple(lengths),
         turns=tuple(turns),
+        largest_id=max(int(row.max()), *(int(part.max()) for part in ids)),
         parents=tuple(parents) if max(parents) >= 0 else None,
     )
 
@@ -187,4 +190,5 @@ def _empty() -> Batch:
         host_cu_seqlens=cu_seqlens,
         lengths=(1,),
         turns=(),
+        largest_id=0,
     )

@@ -143,14 +143,19 @@ class Engine:
 
     def token_values(self, batch: Batch, *, with_top: bool = False) -> TokenValues:
         """The log-probs of this rank's batch and, with `with_top`, whether each target is the likeliest token."""
+        self._check_ids(batch)
         values: TokenValues = self._engine(batch.to(self.device), with_top=with_top)
         return values
 
     def loss(self, batch: Batch, terms: LossTerms, *, with_top: bool = False) -> tuple[Tensor, TokenValues]:
         """Σ w ℓ over the targets of this rank's batch, to be given to `backward`, and their `token_values`."""
+        self._check_ids(batch)
         values: TokenValues = self._engine(batch.to(self.device), with_top=with_top, loss=terms)
         assert values.loss is not None
         return values.loss, values
+
+    def _check_ids(self, batch: Batch) -> None:
+        loading.check_ids(self.causal_lm.config, batch.largest_id)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradient of `loss`, summed over ranks and over the backwards since the last step.

@@ -66,6 +66,17 @@ def load_config(model: ModelConfig, max_length: int) -> Any:
     return config
 
 
+def check_ids(model_config: Any, largest_id: int) -> None:
+    """Raises ConfigError for a token that the model has no embedding for: a GPU would only say that it crashed."""
+    num_rows = model_config.get_text_config().vocab_size
+    if largest_id >= num_rows:
+        raise ConfigError(
+            f"model.path: the data hold token id {largest_id:,}, but the model has embeddings for {num_rows:,} tokens "
+            "(config.json vocab_size): this tokenizer was made for another model, or tokens were added to it after "
+            "training; name those in model.control_tokens with the original tokenizer, and embeddings are added"
+        )
+
+
 def load_causal_lm(
     model: ModelConfig, config: Any, *, added: NewTokens | None, dtype: torch.dtype, max_length: int, seed: int | None
 ) -> Any:

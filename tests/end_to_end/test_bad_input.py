@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.end_to_end.conftest import Place, make_place
 from tests.helpers.worlds import rank_environment, run_ranks
@@ -36,6 +37,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Place:
     shutil.copytree(folder / "model", folder / "deeper")
     config = json.loads((folder / "deeper" / "config.json").read_text()) | {"n_layer": 4}
     (folder / "deeper" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder / "model", folder / "fewer_rows")
+    smaller = AutoModelForCausalLM.from_pretrained(folder / "model")
+    smaller.resize_token_embeddings(50)
+    smaller.save_pretrained(folder / "fewer_rows")
     (folder / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "optimizer": {}}))
     (folder / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     return place
@@ -55,6 +60,7 @@ CASES = [
     (["model.path={}/no_template"], 78, "no chat template"),
     (["model.path={}/no_weights"], 78, "weights cannot be loaded"),
     (["model.path={}/deeper"], 78, "would start at random"),
+    (["model.path={}/fewer_rows"], 78, "but the model has embeddings for"),
     (["model.path={}/nowhere"], 78, "nowhere"),
     (["data.max_length=9999"], 78, "longer than the model's context"),
     (["data.max_lenght=9"], 78, "did you mean data.max_length?"),
