@@ -1,6 +1,6 @@
 """Questions: a prompt and candidate answers to it, from records to tokens.
 
-A record is {"prompt": text or messages, "candidates": [text, …]}; its other fields mean what they mean beside `messages`.
+A record is {"prompt": text or messages, "candidates": [text, …]}; other fields mean what they mean beside `messages`.
 Each candidate is rendered as the conversation that ends with it, by the code that renders every other conversation, so
 that its tokens and spans are verified alike.
 """
