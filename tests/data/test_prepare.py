@@ -205,10 +205,11 @@ def test_details_with_broken_text_are_listed_all_the_same(tmp_path: Path, model:
     assert dataset.manifest["num_refused"] == {"unknown format": 1}
     [line] = (dataset.folder / "refused.jsonl").read_text().splitlines()
     assert "\\ud800" in json.loads(line)["detail"].encode().decode(), "it can be written anywhere"
-    refused = {"train": Selection(dataset, policy(RunConfig(run_dir="x", model=model), ()))}
-    write_left_out(refused, tmp_path / "left_out.jsonl")
+    config = RunConfig(run_dir="x", model=model)
+    selection = Selection(dataset, policy(config, ()))
+    write_left_out({"train": selection}, tmp_path / "left_out.jsonl")
     assert json.loads((tmp_path / "left_out.jsonl").read_text())["reason"] == "unknown format"
-    assert "\\ud800" in describe(dataset, RunConfig(run_dir="x", model=model), ()).encode().decode()
+    assert "\\ud800" in describe(selection, config).encode().decode()
 
 
 def test_a_file_name_that_is_no_unicode_can_be_listed(tmp_path: Path, model: ModelConfig) -> None:
