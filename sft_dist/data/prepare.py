@@ -339,9 +339,8 @@ def _finish(job: _Job, num_chunks: int) -> None:
             partial.forget_chunks()
             raise DataError(f"{source.path}: changed while it was read; start again")
     manifest = build_manifest(job.fingerprints, job.renderer, summaries, partial.shard_paths(summaries))
-    partial.finish(
-        manifest | {"formats": _formats(job.sources)}, [item for summary in summaries for item in summary.refused]
-    )
+    manifest["formats"] = _formats(job.sources)
+    partial.finish(manifest, [item for summary in summaries for item in summary.refused])
 
 
 def _all_rows(sources: Sequence[SourceConfig], progress: Progress) -> Iterator[Row]:

@@ -26,9 +26,7 @@ def sample(index: int, source: str, length: int, content: str = "", **facts: Any
 
 
 def dataset(folder: Path, samples: list[Sample]) -> PreparedDataset:
-    found = prepared(folder, samples)
-    found.manifest.update(num_rendered=len(samples), num_split=0, num_duplicates=0)
-    return found
+    return prepared(folder, samples)
 
 
 def run_config(sources: list[dict[str, Any]], **data: Any) -> RunConfig:

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from tests.helpers import oracle
 from tests.helpers.conversations import write_jsonl
 from tests.helpers.models import CHATML, build_model, build_tokenizer
 from tests.helpers.plain_engine import PlainEngine, world_of_one
+from tests.helpers.samples import with_manifest
 
 MAX_LENGTH = 120
 ROLES = ("user", "assistant")
@@ -76,9 +76,8 @@ def alone(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 def written(folder: Path, shards: Sequence[Sequence[Sample]]) -> PreparedDataset:
     folder.mkdir(parents=True)
-    described = [asdict(store.write_shard(folder / f"{n}.arrow", shard)) for n, shard in enumerate(shards)]
-    store.write_manifest(folder / store.MANIFEST, {"shards": described, "num_refused": {"unknown role": 2}})
-    return PreparedDataset(folder)
+    described = [store.write_shard(folder / f"{n}.arrow", shard) for n, shard in enumerate(shards)]
+    return with_manifest(folder, described, num_refused={"unknown role": 2})
 
 
 def random_samples(num_conversations: int, seed: int) -> list[Sample]:
