@@ -938,6 +938,8 @@ def test_bad_records_are_refused_with_a_reason(record: Any, reason: str) -> None
 
 
 def test_refusals_show_what_was_seen() -> None:
+    assert "found an empty list" in refusal({"messages": []}).detail
+    assert "found text" in refusal({"messages": "x"}).detail
     for record, seen in (
         (one(tool_calls=[call("f", "[1]", "1")]), "arguments of 'f' must be an object, found a list: '[1]'"),
         (
