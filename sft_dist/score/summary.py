@@ -53,7 +53,7 @@ def nll_lines(names: Sequence[str], tallies: Sequence[Tally]) -> Iterator[str]:
 
 
 def _per_token(names: Sequence[str], tallies: Sequence[Tally], keys: Sequence[str]) -> str:
-    """`1.2345`, `-` where there is no token, or `2.1000 (before), 1.9000 (after, -0.2000)` where there are several models."""
+    """`1.2345`, or `2.1000 (before), 1.9000 (after, -0.2000)` where there are several models; `-` of no token."""
     if not sum(tallies[0].tokens[key] for key in keys):
         return "-"
     values = [sum(tally.nll[key] for key in keys) / sum(tally.tokens[key] for key in keys) for tally in tallies]

@@ -763,6 +763,30 @@ def test_a_hub_id_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
         read("owner/other")
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("logs/x.jsonl.gz", "x"),
+        ("owner/name", "owner/name"),
+        ("logs/parts-*.jsonl", "parts-*"),
+        ("logs/*.jsonl", "logs"),
+        ("logs/**/*.jsonl.zst", "logs"),
+        ("logs/??/[0-9]*.parquet", "logs"),
+        ("logs.jsonl/*.*", "logs"),
+        ("/*.jsonl", "/*.jsonl"),
+    ],
+)
+def test_a_source_is_called_by_what_is_its_own(path: str, name: str) -> None:
+    assert formats.source_name(source(path)) == name
+
+
+def test_two_patterns_of_all_files_have_two_names(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_bytes(as_json_lines(DATA["text"]))
+    formats.check_sources([source(tmp_path / folder / "*.jsonl") for folder in ("a", "b")])
+
+
 def test_sources_of_one_name_are_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

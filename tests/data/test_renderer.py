@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from sft_dist.config import ModelConfig
+from sft_dist.config import DataConfig, ModelConfig, SourceConfig
 from sft_dist.data.conversation import RecordError
+from sft_dist.data.prepare import prepare
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.tokenizer import load_tokenizer
+from sft_dist.errors import ConfigError
 from tests.helpers.models import build_tokenizer
 
 
@@ -36,3 +38,17 @@ def test_whatever_a_template_stumbles_on_refuses_the_record(template: str) -> No
     renderer = Renderer(build_tokenizer(), template)
     with pytest.raises(RecordError, match="template error"):
         renderer.apply([{"role": "user", "content": "hi"}], generation_prompt=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 'x' }}\n{% for m in messages %}{{ m.content ", "x\n{{ messages | no_such_filter }}", "\n{% elif %}"],
+)
+def test_a_template_that_is_no_jinja_is_told_once_before_any_data_are_read(tmp_path: Path, template: str) -> None:
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "x.jsonl").write_text("never read\n" * 3)
+    (tmp_path / "x.jinja").write_text(template)
+    model = ModelConfig(path=str(tmp_path / "model"))
+    data = DataConfig(chat_template=str(tmp_path / "x.jinja"), cache_dir=str(tmp_path / "prepared"))
+    with pytest.raises(ConfigError, match=r"chat template .* is not valid Jinja: line 2: "):
+        prepare([SourceConfig(path=str(tmp_path / "x.jsonl"))], model, data)
