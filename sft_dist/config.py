@@ -94,7 +94,7 @@ class SourceConfig(Section):
     path: str
     """File, glob pattern, Arrow folder or Hub id (owner/name[:split])."""
     name: str | None = None
-    """Name in every statistic; default: the file name without its suffixes, or the Hub id."""
+    """Name in every statistic; default: the Hub id, or the file name without suffixes (of `logs/*.jsonl`: logs)."""
     format: RecordFormat = "auto"
     """What a record is; auto: told by the fields of the first records, and said."""
     repeat: Annotated[float, Field(ge=0)] = 1.0

@@ -20,11 +20,11 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
     sources = config.data.train or config.data.heldout
     if not sources:
         raise ConfigError("data.train and data.heldout are both empty: nothing to inspect")
-    dataset = prepare(sources, config.model, config.data)
+    selection = Selection(prepare(sources, config.model, config.data), policy(config, sources))
     renderer = load_renderer(config.model, config.data)
     backend = renderer.tokenizer.backend_tokenizer
     marks = (_GREEN, _RESET) if out.isatty() else ("⟦", "⟧")
-    for example in _chosen(Selection(dataset, policy(config, sources)), conversation_id, num):
+    for example in _chosen(selection, conversation_id, num):
         sample, turns = example.sample, example.turns
         trained = int((turns >= 0).sum())
         print(
@@ -38,7 +38,7 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
         f"trained tokens are marked {'green' if out.isatty() else json.dumps(''.join(marks), ensure_ascii=False)}",
         file=out,
     )
-    print(describe(dataset, config, sources), file=out)
+    print(describe(selection, config), file=out)
     return ExitCode.DONE
 
 

@@ -27,15 +27,22 @@ _STARTS = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", 
 
 
 def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
-    """Prepare all sources of a run file, together with the other ranks if there are any, and say what is in them."""
+    """Prepare all sources of a run file, together with the other ranks if there are any, and say what is in them.
+
+    Raises DataError, as training would, where nothing is left of them or something is longer than it may be.
+    """
     world = find_world(env)
     share = share_of(world, env)
     _check_heldout(config)
-    for name, sources in (("train", config.data.train), ("heldout", config.data.heldout)):
+    for name, sources, check in (
+        ("train", config.data.train, _check_trainable),
+        ("heldout", config.data.heldout, _check_scorable),
+    ):
         if sources:
-            dataset = prepare(sources, config.model, config.data, share)
+            selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
             if world.is_main:
-                print(f"{name}:", describe(dataset, config, sources), sep="\n")
+                print(f"{name}:", describe(selection, config), sep="\n", flush=True)
+            check(selection, config)
     if not config.data.train and not config.data.heldout:
         raise ConfigError("data.train and data.heldout are both empty: nothing to prepare")
     return ExitCode.DONE
@@ -72,11 +79,22 @@ def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Pl
     try:
         plan = _plan(selection, config, config.schedule.epochs, cost)
     except ValueError as error:
-        raise DataError(
-            f"data.train: nothing is left to train on: {error} data.max_length ({config.data.max_length:,})"
-            + (f"; left out are {_summary(selection.left_out)}" if len(selection.left_out) else "")
-        ) from None
+        raise _nothing_left(selection, config, str(error)) from None
     return selection, plan
+
+
+def _check_trainable(selection: Selection, config: RunConfig) -> None:
+    """Raise the DataError that a plan over this would end in."""
+    _refuse_overflow(selection, config)
+    if not len(selection):
+        raise _nothing_left(selection, config, "no sample has a target token and fits")
+
+
+def _nothing_left(selection: Selection, config: RunConfig, why: str) -> DataError:
+    return DataError(
+        f"data.train: nothing is left to train on: {why} data.max_length ({config.data.max_length:,})"
+        + (f"; left out are {_summary(selection.left_out)}" if len(selection.left_out) else "")
+    )
 
 
 def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
@@ -86,13 +104,17 @@ def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
     _check_heldout(config)
     sources = config.data.heldout
     selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
+    _check_scorable(selection, config)
+    return selection
+
+
+def _check_scorable(selection: Selection, config: RunConfig) -> None:
     _refuse_overflow(selection, config)
     if not len(selection):
         raise DataError(
             f"data.heldout: no sample has a target token (objective.train_on: {config.objective.train_on}) and fits "
             f"into data.max_length ({config.data.max_length:,})"
         )
-    return selection
 
 
 def cost_model(model: ModelConfig, *, is_main: bool) -> CostModel:
@@ -169,10 +191,10 @@ def _check_heldout(config: RunConfig) -> None:
             )
 
 
-def describe(dataset: PreparedDataset, config: RunConfig, sources: Sequence[SourceConfig]) -> str:
-    """Counts, lengths, the first epoch and what is left out, for people; `sources` are those of the data set."""
+def describe(selection: Selection, config: RunConfig) -> str:
+    """Counts, lengths, the first epoch and what is left out, for people."""
+    dataset = selection.dataset
     manifest, lengths = dataset.manifest, dataset.lengths
-    selection = Selection(dataset, policy(config, sources))
     packs = "none"
     if len(selection):
         plan = _plan(selection, config, epochs=1, cost=BY_TOKENS)
@@ -181,13 +203,15 @@ def describe(dataset: PreparedDataset, config: RunConfig, sources: Sequence[Sour
             f"{plan.num_samples:,} samples, {plan.num_tokens:,} tokens"
         )
     percentiles = ", ".join(f"p{q} {int(np.percentile(lengths, q)):,}" for q in (50, 90, 99))
-    num_targets = int(selection.num_targets.sum())
+    num_tokens, num_targets, num_read = (
+        int(counts.sum()) for counts in (selection.lengths, selection.num_targets, lengths)
+    )
     lines = [
         f"  folder         {dataset.folder}",
         f"  conversations  {manifest['num_records']:,} read, {manifest['num_rendered']:,} rendered and verified"
         + (f" in {len(dataset):,} samples" if len(dataset) != manifest["num_rendered"] else ""),
-        f"  tokens         {int(lengths.sum()):,}, of which {num_targets:,} targets "
-        f"({num_targets / lengths.sum():.1%})",
+        f"  tokens         {num_tokens:,}, of which {num_targets:,} targets ({num_targets / max(num_tokens, 1):.1%})"
+        + (f"; {num_read:,} are prepared, with those left out" if len(selection.left_out) else ""),
         f"  lengths        {percentiles}, longest {int(lengths.max()):,}",
         f"  packs          {packs}",
     ]

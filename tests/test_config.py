@@ -127,3 +127,51 @@ def test_every_key_is_explained_and_every_translation_leads_to_a_key() -> None:
     assert all(meaning for _, _, meaning in explain())
     homes = {text.split(" ")[0].rstrip(":") for text in TRANSLATIONS.values()} - {"nothing"}
     assert homes <= keys
+
+
+def test_an_override_leaves_what_an_alias_put_elsewhere(tmp_path: Path) -> None:
+    text = MINIMAL + "checkpoint: &c {every: 5}\nevaluate: *c\ndata: {template_kwargs: {a: &k {x: 1}, b: *k}}\n"
+    config = load_config(write(tmp_path, text), ["checkpoint.every=3", "data.template_kwargs.a.x=2"])
+    assert (config.checkpoint.every, config.evaluate.every) == (3, 5)
+    assert config.data.template_kwargs == {"a": {"x": 2}, "b": {"x": 1}}
+    config = load_config(write(tmp_path, text), ["data.template_kwargs={a: &l {x: 1}, b: *l}"] * 2)
+    assert config.data.template_kwargs == {"a": {"x": 1}, "b": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: {template_kwargs: &k {x: *k}}", "an alias stands inside the value that it names"),
+        ("data: {template_kwargs: &k {x: [1, *k]}}", "an alias stands inside"),
+        ("data: &d {train: *d}", "an alias stands inside"),
+        ("data: {date: 2024-02-30}", "'2024-02-30' is no timestamp: day is out of range.*\n.*line 3"),
+        ("seed: !!int x", "'x' is no int"),
+        ("seed: !!bool x", "'x' is no bool"),
+        ("seed: !!timestamp x", "'x' is no timestamp"),
+        ("data:\n  <<: {max_length: 64}\n  <<: {max_length: 99}", "'<<' is there twice"),
+        ("data: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    ],
+)
+def test_yaml_that_cannot_be_followed_is_told(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"run.yaml: not valid YAML: {told}"):
+        load_config(write(tmp_path, MINIMAL + text + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.date=2024-02-30", "'2024-02-30' is no timestamp"),
+        ("data.train=[{path: a, path: b}]", "'path' is there twice"),
+        ("data={<<: {max_length: 6}, <<: {max_length: 7}}", "'<<' is there twice"),
+        ("data.template_kwargs=&k {x: *k}", "an alias stands inside"),
+    ],
+)
+def test_overrides_are_read_as_the_file_is(tmp_path: Path, override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"not a YAML value: {told}"):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_an_empty_run_file_is_called_empty(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml: is empty"):
+        load_config(write(tmp_path, text))

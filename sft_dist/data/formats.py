@@ -5,6 +5,7 @@ are DataErrors; faults of one record are RecordErrors, which the caller refuses 
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -19,6 +20,7 @@ from sft_dist.errors import DataError
 
 # How many records may be of no known format before the source is an error.
 _ROWS_TO_TELL = 100
+_ONLY_WILDCARDS = re.compile(r"([*?.]|\[[^]]*])*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,18 @@ def to_record(row: Row) -> Record:
 
 
 def source_name(source: SourceConfig) -> str:
-    """Name of a source in statistics: the one given, else the file name or pattern without suffixes, or the Hub id."""
+    """Name of a source in statistics: the one given, else the file name without suffixes, or the Hub id.
+
+    Of a pattern it is the last part that is more than wildcards: `logs/**/*.jsonl` is `logs`.
+    """
     if source.name is not None:
         return source.name
-    return source.path if readers.is_hub_id(source.path) else readers.without_suffix(Path(source.path).absolute().name)
+    if readers.is_hub_id(source.path):
+        return source.path
+    names = [readers.without_suffix(part) for part in reversed(Path(source.path).absolute().parts[1:])]
+    if readers.is_pattern(source.path):
+        names = [name for name in names if not _ONLY_WILDCARDS.fullmatch(name)]
+    return names[0] if names else source.path
 
 
 def source_fingerprint(source: SourceConfig) -> str:

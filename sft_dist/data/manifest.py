@@ -23,7 +23,9 @@ _NAMED_REFUSALS = 10
 def build_manifest(
     fingerprints: Sequence[dict[str, str]], renderer: Renderer, summaries: Sequence[Summary], shards: Sequence[Path]
 ) -> dict[str, Any]:
-    """`summaries` of all chunks in input order, `shards` the files of those that have one. Records, not samples, are
+    """All that store.py reads of a manifest but the formats of the sources.
+
+    `summaries` of all chunks in input order, `shards` the files of those that have one. Records, not samples, are
     counted by num_records, num_rendered, num_refused, num_duplicates and num_split (records in several samples)."""
     by_source: dict[str, Counts] = {}
     for summary in summaries:

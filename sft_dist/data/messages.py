@@ -37,7 +37,8 @@ _REFUSED = (
 def messages_of(value: Any, field: str) -> tuple[Message, ...]:
     """A list of messages. Raises RecordError."""
     if not isinstance(value, list) or not value:
-        raise RecordError("no messages", f"`{field}` must be a list with messages in it, found {kind(value)}")
+        found = "an empty list" if value == [] else kind(value)
+        raise RecordError("no messages", f"`{field}` must be a list with messages in it, found {found}")
     name = "message" if field in ("messages", "conversations") else f"{field} message"
     return tuple(message_of(item, f"{name} {number}") for number, item in enumerate(value, start=1))
 

@@ -12,15 +12,23 @@ import pyarrow as pa
 
 from sft_dist.data.conversation import RecordError
 
-# How values of an Arrow column are nested: a struct by field name, a list as [shape of its items], JSON text, a leaf.
-Shape: TypeAlias = "dict[str, Shape] | list[Shape] | str | None"
+# How values of an Arrow column are nested: a struct by field name, a list as [shape of its items], a map, JSON text, a
+# leaf.
+Shape: TypeAlias = "dict[str, Shape] | list[Shape] | MapShape | str | None"
 _JSON = "json"
 
 # Columns of csv files that hold JSON. An empty cell of them is an absent field; all other cells are text as it stands.
 JSON_COLUMNS = (
-    *("messages", "conversations", "history", "tools", "functions", "weight"),
+    *("messages", "conversations", "history", "tools", "functions", "weight", "candidates"),
     *("input_ids", "labels", "loss_mask", "completion_mask", "assistant_masks", "attention_mask", "position_ids"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class MapShape:
+    """A column of pairs of key and value."""
+
+    values: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,8 @@ def _shape(type_: pa.DataType) -> Shape:
         return _JSON
     if pa.types.is_struct(type_):
         return {field.name: _shape(field.type) for field in type_}
+    if pa.types.is_map(type_):
+        return MapShape(_shape(type_.item_type))
     is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
     inner = _shape(type_.value_type) if is_list else None
     return None if inner is None else [inner]
@@ -96,7 +106,8 @@ def _shape(type_: pa.DataType) -> Shape:
 def _without_filling(value: Any, shape: Shape) -> Any:
     """Structs without their nulls: all rows of a table have the same fields, and a null stands for an absent one.
 
-    Nulls inside JSON text and among the items of lists are their author's, and stay.
+    Maps become objects. Nulls inside JSON text, among the items of lists and the values of maps are their author's, and
+    stay.
     """
     if value is None or shape is None:
         return value
@@ -104,7 +115,15 @@ def _without_filling(value: Any, shape: Shape) -> Any:
         return {name: _without_filling(item, shape[name]) for name, item in value.items() if item is not None}
     if isinstance(shape, list):
         return [_without_filling(item, shape[0]) for item in value]
+    if isinstance(shape, MapShape):
+        return _unique([(_map_key(key), _without_filling(item, shape.values)) for key, item in value])
     return parse_json(value, "a JSON column")
+
+
+def _map_key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise RecordError("not JSON", f"a map has the key {short(key)}; the names in a JSON object are text")
+    return key
 
 
 def _parse_bytes(raw: bytes, path: str, place: str) -> Any:

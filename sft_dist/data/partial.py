@@ -5,12 +5,13 @@
     KEY.partial/failed-ATTEMPT.json       why a process of an attempt gave up, for its peers
     KEY.partial/alive-*                   touched by processes at work
 
-Every file is written under a name of its own and renamed. Names and bytes follow from the content alone, so processes,
-and unrelated runs, that make the same chunk do no harm to each other.
+Every file is written under a name of its own, synced and renamed. Names and bytes follow from the content alone, so
+processes, and unrelated runs, that make the same chunk do no harm to each other.
 """
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from sft_dist.data import store
 from sft_dist.data.sample import Sample
 from sft_dist.data.store import Refused, Shard
 from sft_dist.errors import ClusterError, StorageError, UserError
+
+_CHUNK = re.compile(r"chunk-([0-9]{5,18})\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +100,15 @@ class Partial:
         self._write_json(self._chunk(number), asdict(summary))
 
     def summary(self, number: int) -> Summary | None:
-        """None unless the chunk is complete: files that a crash cut short do not count."""
+        """None unless the chunk is complete: files that a crash cut short, or that are not ours, do not count."""
         try:
-            tree = json.loads(self._chunk(number).read_bytes())
-            shard = None if tree["shard"] is None else Shard(**tree["shard"])
+            summary = _summary(json.loads(self._chunk(number).read_bytes()))
+            shard = summary.shard
             if shard is not None and (self._data / shard.file).stat().st_size != shard.num_bytes:
                 return None
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             return None
-        return Summary(
-            shard,
-            {name: Counts(**counts) for name, counts in tree["by_source"].items()},
-            tree["num_split"],
-            tuple(tree["stop_ids"]),
-            tuple(Refused(**item) for item in tree["refused"]),
-        )
+        return summary
 
     def counts(self, number: int) -> Counts | None:
         """Of a complete chunk; asks the file system only until it is."""
@@ -125,8 +122,8 @@ class Partial:
     def finished(self) -> list[Counts]:
         """Of all complete chunks, whoever made them."""
         with suppress(FileNotFoundError):
-            names = [entry.name for entry in os.scandir(self.path) if entry.name.startswith("chunk-")]
-            found = [self.counts(int(name.removeprefix("chunk-").removesuffix(".json"))) for name in names]
+            names = [_CHUNK.fullmatch(entry.name) for entry in os.scandir(self.path)]
+            found = [self.counts(int(name[1])) for name in names if name is not None]
             return [counts for counts in found if counts is not None]
         return []
 
@@ -146,7 +143,9 @@ class Partial:
         store.write_manifest(scratch, manifest)
         self._publish(scratch, self._data / store.MANIFEST)
         try:
+            _sync(self._data)
             os.rename(self._data, self.folder)
+            _sync(self.folder.parent)
         except OSError:
             if not self.is_finished:
                 if self.folder.exists():
@@ -220,6 +219,7 @@ class Partial:
 
     def _publish(self, scratch: Path, path: Path) -> None:
         try:
+            _sync(scratch)
             os.replace(scratch, path)
         except FileNotFoundError:
             # Another run has finished the whole set; what we have made is in it.
@@ -230,6 +230,30 @@ class Partial:
         scratch = self._scratch(0)
         scratch.write_text(json.dumps(tree))
         self._publish(scratch, path)
+
+
+def _summary(tree: Any) -> Summary:
+    """What `publish` has written. Raises ValueError, LookupError, TypeError or AttributeError for anything else."""
+    counts = {name: Counts(**counts) for name, counts in tree["by_source"].items()}
+    numbers = [tree["num_split"], *tree["stop_ids"], *(n for count in counts.values() for n in asdict(count).values())]
+    if set(map(type, numbers)) - {int}:
+        raise ValueError("something else where numbers must be")
+    return Summary(
+        None if tree["shard"] is None else Shard(**tree["shard"]),
+        counts,
+        tree["num_split"],
+        tuple(tree["stop_ids"]),
+        tuple(Refused(**item) for item in tree["refused"]),
+    )
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on disk: after a loss of power a name must not stand for less than what it was given to."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def shard_name(number: int) -> str:

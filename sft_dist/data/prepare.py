@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from functools import partial as bind
@@ -19,7 +19,7 @@ from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
-from sft_dist.config import DataConfig, ModelConfig, SourceConfig
+from sft_dist.config import DataConfig, ModelConfig, RecordFormat, SourceConfig
 from sft_dist.data import formats, readers
 from sft_dist.data.conversation import Record, RecordError, printable
 from sft_dist.data.formats import Row
@@ -79,9 +79,12 @@ def prepare(
     renderer = load_renderer(model, data)
     fingerprints = list(map(_fingerprint, sources))
     partial = Partial(_folder(renderer, fingerprints, data))
-    if not partial.is_finished:
+    is_found = partial.is_finished
+    if not is_found:
         _prepare_together(_Job(tuple(sources), fingerprints, renderer, model, data, share, partial))
     dataset = PreparedDataset(partial.folder)
+    if is_found and share.rank == 0:
+        _say_formats(sources, dataset.manifest["formats"])
     check_refused(dataset, data)
     return dataset
 
@@ -138,7 +141,7 @@ def _prepare_together(job: _Job) -> None:
     try:
         partial.open(share.attempt)
         if share.rank == 0:
-            _say_formats(job.sources)
+            _say_formats(job.sources, _formats(job.sources))
         progress = Progress()
         with Reporter(partial, progress, is_main=share.rank == 0):
             num_chunks = _make_chunks(job, progress, lambda number: number % share.size == share.rank)
@@ -353,6 +356,7 @@ def _finish(job: _Job, num_chunks: int) -> None:
             partial.forget_chunks()
             raise DataError(f"{source.path}: changed while it was read; start again")
     manifest = build_manifest(job.fingerprints, job.renderer, summaries, partial.shard_paths(summaries))
+    manifest["formats"] = _formats(job.sources)
     partial.finish(manifest, [item for summary in summaries for item in summary.refused])
 
 
@@ -378,6 +382,11 @@ def _size(source: SourceConfig) -> int:
     return sum(os.path.getsize(path) if os.path.isfile(path) else 1 for path in files)
 
 
-def _say_formats(sources: Sequence[SourceConfig]) -> None:
+def _formats(sources: Sequence[SourceConfig]) -> dict[str, RecordFormat]:
+    """Name of each source -> format of its records, given or told by them."""
+    return {formats.source_name(source): formats.detect_format(source) for source in sources}
+
+
+def _say_formats(sources: Sequence[SourceConfig], format_of: Mapping[str, RecordFormat]) -> None:
     for source in sources:
-        say(f"{source.path}: records of format {formats.detect_format(source)}")
+        say(f"{source.path}: records of format {format_of[formats.source_name(source)]}")

@@ -43,7 +43,10 @@ _REFUSED_SYSTEM = {"system": "write it as the first message"}
 
 # All fields that a record is asked for.
 FIELDS = frozenset(
-    ("id", "weight", "system", "input", "history", "label", "tools", "functions", "attention_mask", "position_ids")
+    (
+        *("id", "weight", "system", "input", "history", "label", "tools", "functions", "attention_mask"),
+        *("position_ids", "candidates"),
+    )
 ).union(*REQUIRED.values(), MASKS, _REFUSED, _REFUSED_OF_CONVERSATION)
 
 # csv knows only text.

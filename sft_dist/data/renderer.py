@@ -179,8 +179,11 @@ class Renderer:
     def apply(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), *, generation_prompt: bool
     ) -> str:
-        """The template's text. Raises RecordError where the template refuses the conversation."""
-        from jinja2 import TemplateError
+        """The template's text.
+
+        Raises RecordError where the template refuses the conversation, ConfigError where there is none, or no Jinja.
+        """
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         if self._source is None:
             raise ConfigError(
@@ -195,6 +198,11 @@ class Renderer:
             text = self.tokenizer.apply_chat_template(
                 list(messages), chat_template=self._source, tokenize=False, **self._kwargs, **variables
             )
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the chat template (data.chat_template, else the tokenizer's) is not valid Jinja: line "
+                f"{error.lineno}: {error.message}; mend it, or set data.chat_template to another"
+            ) from None
         except (
             *(TemplateError, TypeError, KeyError, IndexError, ValueError),
             *(AttributeError, ArithmeticError, RecursionError),
@@ -327,7 +335,10 @@ def load_renderer(model: ModelConfig, data: DataConfig) -> Renderer:
     """The tokenizer of a model folder or Hub id with its template, or the one given. Raises ConfigError."""
     tokenizer = load_tokenizer(model)
     template = template_text(tokenizer, data.chat_template)
-    return Renderer(tokenizer, template, date=data.date, template_kwargs=data.template_kwargs)
+    renderer = Renderer(tokenizer, template, date=data.date, template_kwargs=data.template_kwargs)
+    if template is not None:
+        _ = renderer.answer_header  # a template that is no Jinja is told once, before any data are read
+    return renderer
 
 
 def _is_plain(value: Any) -> bool:

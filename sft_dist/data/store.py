@@ -19,12 +19,20 @@ from numpy.typing import NDArray
 
 from sft_dist.data.conversation import ROLES
 from sft_dist.data.sample import Int32, Sample, Span
-from sft_dist.errors import DataError
+from sft_dist.errors import StorageError
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 REFUSED = "refused.jsonl"
+# What every manifest says.
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("num_records", "num_rendered", "num_samples", "num_split", "num_duplicates"), int),
+    **dict.fromkeys(("sources", "stop_ids", "shards"), list),
+    **dict.fromkeys(("formats", "num_refused"), dict),
+    "template": (str, type(None)),
+}
 
+_AGAIN = "delete {} and prepare again"
 _INTS = pa.list_(pa.int32())
 _SPAN_INTS = ("message", "role", "start", "output_start", "output_end", "end", "is_owned", "turn", "train")
 _UNMARKED = -1
@@ -172,16 +180,20 @@ class PreparedDataset:
     """Samples by number, memory-mapped; nothing is copied but what is asked for."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises StorageError for a manifest or a shard that is not as it was written, as far as sizes tell."""
         self.folder = folder
-        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        self.manifest = _read_manifest(folder)
         self._tables: list[pa.RecordBatch] = []
         first = [0]
-        for shard in self.manifest["shards"]:
-            path = folder / shard["file"]
-            if not path.exists() or path.stat().st_size != shard["num_bytes"]:
-                raise DataError(f"{path}: missing or of the wrong size; delete {folder} and prepare again")
-            self._tables.append(_read(path))
-            first.append(first[-1] + shard["num_samples"])
+        for shard in _shards(self.manifest):
+            path = folder / shard.file
+            if not path.is_file() or path.stat().st_size != shard.num_bytes:
+                raise StorageError(f"{path}: missing or of the wrong size; {_AGAIN.format(folder)}")
+            try:
+                self._tables.append(_read(path))
+            except (OSError, pa.ArrowException, StopIteration) as error:
+                raise StorageError(f"{path}: cannot be read: {error}; {_AGAIN.format(folder)}") from None
+            first.append(first[-1] + shard.num_samples)
         self._first = np.array(first)
 
     def part(self, first: int, end: int) -> "PreparedDataset":
@@ -265,6 +277,26 @@ class PreparedDataset:
             raise IndexError(number)
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
         return self._tables[shard], number - int(self._first[shard])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"written in format {manifest['format']}, this version reads {FORMAT}")
+        strange = [name for name, kind in _FACTS.items() if not isinstance(manifest[name], kind)]
+        if strange:
+            raise ValueError(f"{', '.join(strange)}: not of the right kind")
+        _shards(manifest)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise StorageError(f"{path}: not a readable manifest ({detail}); {_AGAIN.format(folder)}") from None
+    return dict(manifest)
+
+
+def _shards(manifest: dict[str, Any]) -> list[Shard]:
+    return [Shard(**shard) for shard in manifest["shards"]]
 
 
 def read_digests(path: Path) -> tuple[NDArray[np.void], NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sft_dist.data.sample import Sample, Span
 from sft_dist.data.selection import Policy, Selection
 from sft_dist.data.store import PreparedDataset
-from sft_dist.errors import ConfigError
+from sft_dist.errors import UsageError
 from sft_dist.model import probe
 from sft_dist.model.batch import collate
 from sft_dist.model.engine import Engine
@@ -140,8 +140,8 @@ class Conversations:
 
 
 def check_roles(roles: Sequence[str], known: Sequence[str]) -> frozenset[str]:
-    """Raise ConfigError for a role that no message has."""
+    """Raise UsageError for a role that no message has."""
     for role in roles:
         if role not in known:
-            raise ConfigError(f"--roles: {role!r} is no role; expected some of {', '.join(known)}")
+            raise UsageError(f"--roles: {role!r} is no role; expected some of {', '.join(known)}")
     return frozenset(roles)

@@ -122,13 +122,14 @@ class GrowingOutput:
         """Whether the output is in place already, and how far each model is, if a run has begun."""
         try:
             journal = json.loads(self._journal.read_text())
-            before = journal["settings"]
-            parts = [Part(**part | {"tally": Tally(**part["tally"])}) for part in journal["parts"]]
-            published_bytes = journal["published_bytes"]
+            before, published_bytes = journal["settings"], journal["published_bytes"]
+            parts = list(map(_part, journal["parts"]))
+            if not isinstance(before, dict) or type(published_bytes) not in (int, type(None)):
+                raise ValueError("settings or published_bytes: not of the right kind")
         except FileNotFoundError:
             return False, None
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{self._journal}: not readable ({error}); remove it to start anew") from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from None
         # Killed after the rename: the parts may be gone, and what the journal says is of use to the same command only.
         is_renamed = published_bytes is not None and not self._whole.exists()
         is_in_place = is_renamed and self.output.is_file() and self.output.stat().st_size == published_bytes
@@ -143,7 +144,12 @@ class GrowingOutput:
                 f"--output: {self.output}: another command has begun to score into it:\n{changed}\n"
                 f"  finish that one, choose another output, or remove {self._journal} to start anew"
             )
+        if len(parts) != len(self._paths):
+            raise self._damaged(f"it tells of {len(parts)} model(s), {len(self._paths)} are scored")
         return is_in_place, parts
+
+    def _damaged(self, why: str) -> StorageError:
+        return StorageError(f"{self._journal}: not readable ({why}); remove it to start anew")
 
     def _write_journal(self, published_bytes: int | None = None) -> None:
         parts = [asdict(part) for part in self.parts]
@@ -167,6 +173,17 @@ def check_writable(output: Path) -> None:
             pass
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from error
+
+
+def _part(tree: Any) -> Part:
+    """A part as the journal has it. Raises ValueError, LookupError, TypeError or AttributeError for anything else."""
+    tally = Tally(**tree["tally"])
+    part = Part(**tree | {"tally": tally})
+    numbers = [part.num_done, part.num_bytes, *tally.counts.values(), *tally.tokens.values()]
+    is_right = set(map(type, numbers)) <= {int} and min(numbers) >= 0 and type(part.is_whole) is bool
+    if not is_right or set(map(type, tally.nll.values())) - {int, float} or tally.nll.keys() != tally.tokens.keys():
+        raise ValueError("a part of it is not of the right kind")
+    return part
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

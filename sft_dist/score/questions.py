@@ -1,12 +1,12 @@
 """Questions: a prompt and candidate answers to it, from records to tokens.
 
-A record is {"prompt": text or messages, "candidates": [text, …]} with an optional "id" and "tools". Each candidate is
-rendered as the conversation that ends with it, by the code that renders every other conversation, so that its tokens
-and spans are verified alike.
+A record is {"prompt": text or messages, "candidates": [text, …]}; other fields mean what they mean beside `messages`.
+Each candidate is rendered as the conversation that ends with it, by the code that renders every other conversation, so
+that its tokens and spans are verified alike.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,9 @@ from sft_dist.data.rendering import render
 from sft_dist.data.sample import Int32
 from sft_dist.errors import DataError
 
+# How many records may be unreadable before a source is taken for one of conversations.
+_ROWS_TO_TELL = 100
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -31,8 +34,8 @@ class Question:
     row: Row
     id: str
     prompt: tuple[Any, ...] = ()  # messages as the record has them
-    tools: Any = None
     candidates: tuple[str, ...] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)  # all other fields of the record
     fault: str | None = None
 
 
@@ -57,7 +60,10 @@ class Rendered:
 
 
 def is_candidates(sources: Sequence[SourceConfig]) -> bool:
-    """Whether the first record of the sources has candidates. Raises DataError where only some sources do."""
+    """Whether the first record of each source that can be read has candidates.
+
+    Raises DataError where only some sources do.
+    """
     kinds = {source.path: _has_candidates(source) for source in sources}
     if len(set(kinds.values())) > 1:
         with_them, without = ([path for path, has in kinds.items() if has is kind] for kind in (True, False))
@@ -69,10 +75,12 @@ def is_candidates(sources: Sequence[SourceConfig]) -> bool:
 
 
 def _has_candidates(source: SourceConfig) -> bool:
-    try:
-        return any("candidates" in _fields(row) for row in islice(_read_rows(source), 1))
-    except RecordError:
-        return False
+    for row in islice(_read_rows(source), _ROWS_TO_TELL):
+        try:
+            return "candidates" in _fields(row)
+        except (RecordError, RecursionError):
+            continue  # told with its place by whoever reads all
+    return False
 
 
 def read_questions(sources: Sequence[SourceConfig]) -> Iterator[Question]:
@@ -97,10 +105,10 @@ def _question(row: Row) -> Question:
     try:
         record = _fields(row)
         identity = row.default_id if record.get("id") in (None, "") else str(record["id"])
-        check_text(identity, "id")
         prompt, candidates = _prompt(record), _candidates(record)
-        question = Question(row, identity, prompt, record.get("tools"), candidates)
-        _conversation(question, candidates[0])  # messages and tools are the same for all candidates
+        others = {name: value for name, value in record.items() if name not in ("prompt", "candidates", "messages")}
+        question = Question(row, identity, prompt, candidates, others)
+        _conversation(question, candidates[0])  # all but the answer is the same for all candidates
     except RecordError as error:
         return Question(row, row.default_id, fault=str(error))
     except RecursionError:
@@ -130,10 +138,9 @@ def _candidates(record: dict[str, Any]) -> tuple[str, ...]:
 def _conversation(question: Question, candidate: str) -> Record:
     """The conversation that ends with a candidate. Raises RecordError."""
     messages = [*question.prompt, {"role": "assistant", "content": candidate}]
-    tools = {} if question.tools is None else {"tools": question.tools}
     row = question.row
     return convert(
-        {"messages": messages} | tools,
+        {**question.others, "messages": messages},
         "messages",
         index=row.index,
         source=row.source,

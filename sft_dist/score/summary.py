@@ -53,8 +53,10 @@ def nll_lines(names: Sequence[str], tallies: Sequence[Tally]) -> Iterator[str]:
 
 
 def _per_token(names: Sequence[str], tallies: Sequence[Tally], keys: Sequence[str]) -> str:
-    """`1.2345`, or `2.1000 (before), 1.9000 (after, -0.2000)` where there are several models."""
-    values = [sum(tally.nll[key] for key in keys) / max(sum(tally.tokens[key] for key in keys), 1) for tally in tallies]
+    """`1.2345`, or `2.1000 (before), 1.9000 (after, -0.2000)` where there are several models; `-` of no token."""
+    if not sum(tallies[0].tokens[key] for key in keys):
+        return "-"
+    values = [sum(tally.nll[key] for key in keys) / sum(tally.tokens[key] for key in keys) for tally in tallies]
     if len(values) == 1:
         return f"{values[0]:.4f}"
     parts = [f"{values[0]:.4f} ({names[0]})"]

@@ -142,6 +142,7 @@ def find(run_dir: Path, which: str) -> Checkpoint:
     parent, steps = checkpoints_dir(run_dir), step_folders(run_dir)
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
+    there = ", ".join(map(str, steps))
     if which == "best-or-last":
         best = best_step(run_dir)
         which = "best" if best in steps else "last"
@@ -155,10 +156,12 @@ def find(run_dir: Path, which: str) -> Checkpoint:
             if best is None:
                 raise ConfigError(f"{run_dir}: no best checkpoint is known (no evaluation ran); ask for `last`")
             candidates = [parent / f"step-{best:08d}"]
-        case _ if which.isdigit():
-            candidates = [parent / f"step-{int(which):08d}"]
+        case _ if which.isdecimal():
+            if int(which) not in steps:
+                raise ConfigError(f"{run_dir}: holds no checkpoint of step {int(which):,} (steps there: {there})")
+            candidates = [steps[int(which)]]
         case _:
-            raise ConfigError(f"checkpoint {which!r}: expected best, last or a step number")
+            raise ConfigError(f"checkpoint {which!r}: expected best, last or a step number (steps there: {there})")
     faults: list[str] = []
     for folder in candidates:
         fault = fault_of(folder, None)
@@ -167,14 +170,20 @@ def find(run_dir: Path, which: str) -> Checkpoint:
                 print(f"not used: {skipped}", file=sys.stderr)
             return read(folder)
         faults.append(fault)
-    raise StorageError("; ".join(faults) + f" (steps there: {', '.join(map(str, steps))})")
+    raise StorageError("; ".join(faults) + f" (steps there: {there})")
 
 
 def best_step(run_dir: Path) -> int | None:
+    """The step that `mark_best` has written, if any. Raises StorageError where that is damaged."""
+    path = checkpoints_dir(run_dir) / BEST
     try:
-        return int(json.loads((checkpoints_dir(run_dir) / BEST).read_text())["step"])
-    except (FileNotFoundError, ValueError, KeyError):
+        return int(json.loads(path.read_text())["step"])
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        raise StorageError(
+            f"{path}: not readable ({type(error).__name__}: {error}); ask for the last checkpoint, or one by its step"
+        ) from None
 
 
 def mark_best(run_dir: Path, state: TrainState) -> None:
@@ -191,7 +200,7 @@ def step_folders(run_dir: Path) -> dict[int, Path]:
     found = {}
     for path in checkpoints_dir(run_dir).glob("step-*"):
         digits = path.name.removeprefix("step-")
-        if len(digits) == 8 and digits.isdigit() and path.is_dir() and not path.is_symlink():
+        if len(digits) == 8 and digits.isdecimal() and path.is_dir() and not path.is_symlink():
             found[int(digits)] = path
     return dict(sorted(found.items()))
 

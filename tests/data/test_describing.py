@@ -26,9 +26,7 @@ def sample(index: int, source: str, length: int, content: str = "", **facts: Any
 
 
 def dataset(folder: Path, samples: list[Sample]) -> PreparedDataset:
-    found = prepared(folder, samples)
-    found.manifest.update(num_rendered=len(samples), num_split=0, num_duplicates=0)
-    return found
+    return prepared(folder, samples)
 
 
 def run_config(sources: list[dict[str, Any]], **data: Any) -> RunConfig:
@@ -49,10 +47,11 @@ SOURCES = [{"name": "twice", "repeat": 2}, {"name": "never", "repeat": 0}, {"nam
 
 def test_described_is_what_an_epoch_holds(tmp_path: Path) -> None:
     config = run_config(SOURCES, max_length=20, deduplicate=True)
-    text = describe(dataset(tmp_path, SAMPLES), config, config.data.train)
+    text = describe(Selection(dataset(tmp_path, SAMPLES), policy(config, config.data.train)), config)
     # Of 10 tokens twice, of 20 once.
     assert "2 of 20 tokens, fill 100.0%: an epoch of 3 samples, 40 tokens" in text
-    assert "of which 28 targets" in text
+    # 10 + 20 tokens take part, the first of each is no target; all of 100 are prepared.
+    assert "tokens         30, of which 28 targets (93.3%); 100 are prepared" in text
     for part in (
         "1 too long (40 tokens, 39",
         "1 no target (10 tokens, 0",
@@ -65,8 +64,14 @@ def test_described_is_what_an_epoch_holds(tmp_path: Path) -> None:
 
 def test_described_is_a_data_set_without_any_target(tmp_path: Path) -> None:
     config = run_config(SOURCES)
-    text = describe(dataset(tmp_path, [SAMPLES[1], SAMPLES[3]]), config, config.data.train)
-    assert "packs          none" in text
+    text = describe(Selection(dataset(tmp_path, [SAMPLES[1], SAMPLES[3]]), policy(config, config.data.train)), config)
+    assert "packs          none" in text and "tokens         0, of which 0 targets (0.0%); 20 are prepared" in text
+
+
+def test_nothing_is_said_beside_where_all_takes_part(tmp_path: Path) -> None:
+    config = run_config([{"name": "once"}])
+    text = describe(Selection(dataset(tmp_path, [SAMPLES[5]]), policy(config, config.data.train)), config)
+    assert "tokens         20, of which 19 targets (95.0%)\n" in text
 
 
 def test_every_reason_has_a_line_with_a_detail_of_its_own(tmp_path: Path) -> None:
@@ -92,7 +97,7 @@ def test_only_the_refused_records_that_are_shown_are_read(tmp_path: Path) -> Non
     path = tmp_path / store.REFUSED
     store.write_refused(path, [Refused(f"file:{line}", "", "no text", "null") for line in range(10)])
     path.write_text(path.read_text() + "never read\n")
-    assert "file:9: null" in describe(found, config, config.data.train)
+    assert "file:9: null" in describe(Selection(found, policy(config, config.data.train)), config)
 
 
 @pytest.mark.parametrize("setting", [{"repeat": 0.5}, {"repeat": 0}, {"weight": 2.0}])

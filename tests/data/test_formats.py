@@ -369,6 +369,63 @@ def test_two_tool_schemas_survive_parquet_as_they_survive_json_lines(tmp_path: P
     assert [content(replace(record, id="")) for record in read(tmp_path / "x.parquet")] == expected
 
 
+PROPERTY = st.fixed_dictionaries(
+    {"type": st.sampled_from(["string", "number"])}, optional={"enum": st.lists(st.sampled_from("abc"), max_size=2)}
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(schemas=st.lists(st.dictionaries(st.text("abk", max_size=3), PROPERTY, max_size=3), min_size=1, max_size=4))
+def test_tool_schemas_whose_properties_are_a_map_survive_parquet(
+    tmp_path_factory: pytest.TempPathFactory, schemas: list[dict[str, Any]]
+) -> None:
+    folder = tmp_path_factory.mktemp("maps")
+    records = [
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "tools": [{"function": {"name": "f", "parameters": {"type": "object", "properties": schema}}}],
+        }
+        for schema in schemas
+    ]
+    properties = pa.map_(pa.string(), pa.struct([("type", pa.string()), ("enum", pa.list_(pa.string()))]))
+    parameters = pa.struct([("type", pa.string()), ("properties", properties)])
+    tool = pa.struct([("function", pa.struct([("name", pa.string()), ("parameters", parameters)]))])
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    table = pa.Table.from_pylist(records, pa.schema([("messages", pa.list_(message)), ("tools", pa.list_(tool))]))
+    pa.parquet.write_table(table, folder / "x.parquet")
+    (folder / "x.jsonl").write_bytes(as_json_lines(records))
+    of_lines, of_table = ([content(replace(r, id="")) for r in read(folder / f"x.{s}")] for s in ("jsonl", "parquet"))
+    assert of_table == of_lines
+    assert [record.tools[0]["function"]["parameters"]["properties"] for record in of_table] == schemas
+
+
+@pytest.mark.parametrize(
+    ("key", "pairs", "reason"),
+    [
+        (pa.string(), [("a", "1"), ("b", None)], None),
+        (pa.string(), [("a", "1"), ("a", "2")], "duplicate key"),
+        (pa.int32(), [(1, "1")], "not JSON"),
+    ],
+)
+def test_arguments_that_are_a_map_are_an_object(
+    tmp_path: Path, key: pa.DataType, pairs: list[tuple[Any, str]], reason: str | None
+) -> None:
+    function = pa.struct([("name", pa.string()), ("arguments", pa.map_(key, pa.string()))])
+    calls = pa.list_(pa.struct([("function", function)]))
+    message = pa.struct([("role", pa.string()), ("tool_calls", calls)])
+    record = {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": pairs}}]}]}
+    schema = pa.schema([("messages", pa.list_(message))])
+    pa.parquet.write_table(pa.Table.from_pylist([record], schema), tmp_path / "x.parquet")
+    if reason is None:
+        (conversation,) = read(tmp_path / "x.parquet", format="messages")
+        assert isinstance(conversation, Conversation)
+        assert conversation.messages[0].tool_calls[0].arguments == dict(pairs), "a map's nulls are its author's"
+        return
+    with pytest.raises(RecordError) as caught:
+        read(tmp_path / "x.parquet", format="messages")
+    assert caught.value.reason == reason
+
+
 def test_nulls_in_json_text_and_json_columns_survive_parquet(tmp_path: Path) -> None:
     schema = {"type": "function", "function": {"name": "f", "parameters": {"default": None, "x": {"y": None}}}}
     records = [
@@ -706,6 +763,30 @@ def test_a_hub_id_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
         read("owner/other")
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("logs/x.jsonl.gz", "x"),
+        ("owner/name", "owner/name"),
+        ("logs/parts-*.jsonl", "parts-*"),
+        ("logs/*.jsonl", "logs"),
+        ("logs/**/*.jsonl.zst", "logs"),
+        ("logs/??/[0-9]*.parquet", "logs"),
+        ("logs.jsonl/*.*", "logs"),
+        ("/*.jsonl", "/*.jsonl"),
+    ],
+)
+def test_a_source_is_called_by_what_is_its_own(path: str, name: str) -> None:
+    assert formats.source_name(source(path)) == name
+
+
+def test_two_patterns_of_all_files_have_two_names(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.jsonl").write_bytes(as_json_lines(DATA["text"]))
+    formats.check_sources([source(tmp_path / folder / "*.jsonl") for folder in ("a", "b")])
+
+
 def test_sources_of_one_name_are_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -881,6 +962,8 @@ def test_bad_records_are_refused_with_a_reason(record: Any, reason: str) -> None
 
 
 def test_refusals_show_what_was_seen() -> None:
+    assert "found an empty list" in refusal({"messages": []}).detail
+    assert "found text" in refusal({"messages": "x"}).detail
     for record, seen in (
         (one(tool_calls=[call("f", "[1]", "1")]), "arguments of 'f' must be an object, found a list: '[1]'"),
         (

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft_dist import preparation
 from sft_dist.config import DataConfig, ModelConfig, RunConfig, SourceConfig
 from sft_dist.data import prepare as preparing
 from sft_dist.data.partial import Counts, Partial
@@ -22,7 +24,7 @@ from sft_dist.data.prepare import prepare
 from sft_dist.data.progress import progress_line
 from sft_dist.data.selection import Selection
 from sft_dist.data.store import PreparedDataset
-from sft_dist.errors import DataError
+from sft_dist.errors import DataError, StorageError
 from sft_dist.preparation import describe, policy, write_left_out
 from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.models import build_tokenizer
@@ -205,10 +207,11 @@ def test_details_with_broken_text_are_listed_all_the_same(tmp_path: Path, model:
     assert dataset.manifest["num_refused"] == {"unknown format": 1}
     [line] = (dataset.folder / "refused.jsonl").read_text().splitlines()
     assert "\\ud800" in json.loads(line)["detail"].encode().decode(), "it can be written anywhere"
-    refused = {"train": Selection(dataset, policy(RunConfig(run_dir="x", model=model), ()))}
-    write_left_out(refused, tmp_path / "left_out.jsonl")
+    config = RunConfig(run_dir="x", model=model)
+    selection = Selection(dataset, policy(config, ()))
+    write_left_out({"train": selection}, tmp_path / "left_out.jsonl")
     assert json.loads((tmp_path / "left_out.jsonl").read_text())["reason"] == "unknown format"
-    assert "\\ud800" in describe(dataset, RunConfig(run_dir="x", model=model), ()).encode().decode()
+    assert "\\ud800" in describe(selection, config).encode().decode()
 
 
 def test_a_file_name_that_is_no_unicode_can_be_listed(tmp_path: Path, model: ModelConfig) -> None:
@@ -361,5 +364,116 @@ def test_damaged_shards_are_noticed(tmp_path: Path, model: ModelConfig) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", make_records(5))
     shard = run(path, model).folder / "shard-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(DataError, match="wrong size"):
+    with pytest.raises(StorageError, match=r"wrong size; delete .* and prepare again"):
         run(path, model)
+    shard.write_bytes(bytes(len(shard.read_bytes()) + 8))
+    with pytest.raises(StorageError, match=r"cannot be read: .*; delete .* and prepare again"):
+        run(path, model)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: text.replace('"num_samples"', '"x"'),
+        lambda text: text.replace('"stop_ids": [', '"stop_ids": null, "x": ['),
+        lambda text: json.dumps(json.loads(text) | {"shards": [5]}),
+        lambda text: json.dumps(json.loads(text) | {"format": 3}),
+    ],
+)
+def test_a_damaged_manifest_is_told_with_what_to_do(
+    tmp_path: Path, model: ModelConfig, damage: Callable[[str], str]
+) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD])
+    folder = run(path, model).folder
+    manifest = folder / "manifest.json"
+    manifest.write_text(damage(manifest.read_text()))
+    with pytest.raises(StorageError, match=f"manifest.json: not a readable manifest .*delete {folder} and prepare"):
+        run(path, model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "null", "{}", "\xff", '{"shard": {"x": 1}, "by_source": {}}'),
+        '{"shard": null, "by_source": {"x": {"num_records": "1"}}, "num_split": 0, "stop_ids": [], "refused": []}',
+        '{"shard": null, "by_source": {}, "num_split": 0, "stop_ids": ["x"], "refused": []}',
+        '{"shard": null, "by_source": {}, "num_split": 0, "stop_ids": [], "refused": [{"x": 1}]}',
+    ],
+)
+def test_chunks_of_another_shape_are_made_anew(tmp_path: Path, model: ModelConfig, text: str) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", make_records(3))
+    expected = run(path, model)
+    there = tmp_path / "other" / f"{expected.folder.name}.partial"
+    there.mkdir(parents=True)
+    (there / "chunk-00000.json").write_text(text, encoding="latin-1")
+    (there / "chunk-abc.json").write_text("x")
+    found = run(path, model, cache_dir=str(tmp_path / "other"))
+    assert [sample.ids.tolist() for sample in found] == [sample.ids.tolist() for sample in expected]
+    assert found.manifest == expected.manifest and not there.exists()
+
+
+def test_everything_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from the file system: what was synced, with which size, when the folder is renamed."""
+    synced: dict[int, int] = {}
+    renamed: list[Path] = []
+    fsync, rename = os.fsync, os.rename
+
+    def fsync_and_note(handle: int) -> None:
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def rename_after_looking(before: Path, after: Path) -> None:
+        for path in (before, *before.iterdir()):
+            assert synced.get(path.stat().st_ino) == path.stat().st_size, path
+        synced.clear()
+        rename(before, after)
+        renamed.append(after)
+
+    monkeypatch.setattr(os, "fsync", fsync_and_note)
+    monkeypatch.setattr(os, "rename", rename_after_looking)
+    folder = run(write_jsonl(tmp_path / "x.jsonl", [GOOD, GOOD]), model).folder
+    assert renamed == [folder] and folder.parent.stat().st_ino in synced
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"max_length": 3}, "data.train: nothing is left to train on"),
+        ({"max_length": 30, "overflow": "error"}, "longer than data.max_length"),
+        ({"max_length": 30}, None),
+    ],
+)
+def test_the_verb_prepare_fails_where_training_would(
+    tmp_path: Path, model: ModelConfig, capsys: pytest.CaptureFixture[str], data: dict[str, Any], message: str | None
+) -> None:
+    long = {"messages": [*GOOD["messages"], {"role": "user", "content": "x" * 99}, GOOD["messages"][1]]}
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, long])
+    for name in ("train", "heldout"):
+        options = {name: str(path), "cache_dir": str(tmp_path / "prepared"), "num_processes": 1} | data
+        config = RunConfig.model_validate({"run_dir": "x", "model": model, "data": options})
+        if message is None:
+            assert preparation.run(config, {}) == 0
+            continue
+        wanted = "data.heldout: no sample" if name == "heldout" and "nothing" in message else message
+        with pytest.raises(DataError, match=wanted) as of_prepare:
+            preparation.run(config, {})
+        assert "tokens  " in capsys.readouterr().out, "the figures are there to find the mend"
+        with pytest.raises(DataError) as of_train:
+            preparation.training_set(config) if name == "train" else preparation.heldout_set(config)
+        assert str(of_prepare.value) == str(of_train.value)
+
+
+def test_the_format_is_said_of_data_found_again_as_of_new(
+    tmp_path: Path, model: ModelConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD])
+    for _ in range(2):
+        run(path, model)
+        said = capsys.readouterr().err
+        assert said.count(f"{path}: records of format messages") == 1, said

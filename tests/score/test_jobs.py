@@ -1,13 +1,16 @@
 """Lines of both kinds of data, on one rank without DeepSpeed, against plain transformers in float64."""
 
+import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +34,7 @@ from tests.helpers import oracle
 from tests.helpers.conversations import write_jsonl
 from tests.helpers.models import CHATML, build_model, build_tokenizer
 from tests.helpers.plain_engine import PlainEngine, world_of_one
+from tests.helpers.samples import with_manifest
 
 MAX_LENGTH = 120
 ROLES = ("user", "assistant")
@@ -72,9 +76,8 @@ def alone(folder: Path, ids: np.ndarray) -> np.ndarray:
 
 def written(folder: Path, shards: Sequence[Sequence[Sample]]) -> PreparedDataset:
     folder.mkdir(parents=True)
-    described = [asdict(store.write_shard(folder / f"{n}.arrow", shard)) for n, shard in enumerate(shards)]
-    store.write_manifest(folder / store.MANIFEST, {"shards": described, "num_refused": {"unknown role": 2}})
-    return PreparedDataset(folder)
+    described = [store.write_shard(folder / f"{n}.arrow", shard) for n, shard in enumerate(shards)]
+    return with_manifest(folder, described, num_refused={"unknown role": 2})
 
 
 def random_samples(num_conversations: int, seed: int) -> list[Sample]:
@@ -377,3 +380,83 @@ def test_candidates_are_told_from_conversations_by_their_first_record(tmp_path: 
     assert is_candidates([yes]) and not is_candidates([no])
     with pytest.raises(DataError, match="apart"):
         is_candidates([yes, no])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+def test_candidates_beside_a_completion_score_from_every_kind_of_file(
+    folder: Path, renderer: Renderer, world: World, tmp_path: Path, suffix: str
+) -> None:
+    record = {"prompt": "Hi", "completion": "not asked", "candidates": ["a", "b c"], "text": "nor this"}
+    path = tmp_path / f"c.{suffix}"
+    match suffix:
+        case "jsonl":
+            write_jsonl(path, [record])
+        case "parquet":
+            pyarrow.parquet.write_table(pa.Table.from_pylist([record]), path)
+        case "csv":
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, record)
+                writer.writeheader()
+                writer.writerow(record | {"candidates": json.dumps(record["candidates"])})
+    assert is_candidates([SourceConfig(path=str(path))])
+    (line,), _ = all_lines(job_of(path, renderer), PlainEngine(folder), world)
+    (expected,), _ = all_lines(
+        job_of(write_jsonl(tmp_path / "plain.jsonl", [{"prompt": "Hi", "candidates": ["a", "b c"]}]), renderer),
+        PlainEngine(folder),
+        world,
+    )
+    assert line["candidates"] == expected["candidates"] and len(line["candidates"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"system": "Be rude."}, "`system`: write it as the first message"),
+        ({"system_prompt": "x"}, "`system_prompt`"),
+        ({"chat_template": "x"}, "`chat_template`"),
+        ({"images": ["x.png"]}, "`images`: only text"),
+        ({"weight": -4}, "weight"),
+        ({"tools": [5]}, "tool 1"),
+        ({"functions": [5]}, "tool 1"),
+        ({"id": "\ud800"}, "surrogate"),
+    ],
+)
+def test_fields_beside_candidates_are_followed_or_refused_by_name(
+    renderer: Renderer, tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(RECORDS[1] | fields) + "\n")
+    with pytest.raises(DataError, match=re.escape(told)):
+        job_of(path, renderer)
+
+
+def test_the_older_name_of_tools_is_followed_beside_candidates(tmp_path: Path) -> None:
+    template = "{{ tools | tojson if tools else '' }}" + CHATML
+    offered = {"name": "weather", "description": "Of today.", "parameters": {"type": "object", "properties": {}}}
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [RECORDS[1] | {name: [offered]}]) for name in ("tools", "functions")
+    ]
+    tools, functions = (
+        questions.render_question(Renderer(build_tokenizer(), template), question)
+        for path in paths
+        for question in questions.read_questions([SourceConfig(path=str(path))])
+    )
+    assert isinstance(tools, questions.Rendered) and isinstance(functions, questions.Rendered)
+    assert np.array_equal(tools.prompts[0], functions.prompts[0])
+    (bare,) = questions.read_questions([SourceConfig(path=str(write_jsonl(tmp_path / "bare.jsonl", [RECORDS[1]])))])
+    without = questions.render_question(Renderer(build_tokenizer(), template), bare)
+    assert isinstance(without, questions.Rendered) and len(tools.prompts[0]) > len(without.prompts[0])
+
+
+def test_an_unreadable_first_record_is_told_like_any_other(
+    folder: Path, renderer: Renderer, world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text("garbage\n" + json.dumps(RECORDS[1]) + "\n")
+    assert is_candidates([SourceConfig(path=str(path))])
+    with pytest.raises(DataError, match=r"c\.jsonl:1: not JSON"):
+        job_of(path, renderer)
+    job = job_of(path, renderer, on_bad_record="refuse", max_refused=0.5)
+    lines, tally = all_lines(job, PlainEngine(folder), world)
+    assert [len(line["candidates"]) for line in lines] == [0, len(RECORDS[1]["candidates"])]
+    assert job.left_out(tally) == {"bad record": 1}

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_dist.errors import ClusterError, ConfigError, StorageError
+from sft_dist.data.conversation import ROLES
+from sft_dist.errors import ClusterError, ConfigError, StorageError, UsageError
+from sft_dist.score.conversations import check_roles
 from sft_dist.score.output import GrowingOutput, check_writable
-from sft_dist.score.summary import Tally
+from sft_dist.score.summary import Tally, nll_lines
 
 SETTINGS = {"data": "d", "tokens": False}
 
@@ -205,3 +207,56 @@ def test_a_name_that_is_no_unicode_is_written_as_its_escape(tmp_path: Path, num_
     growing.publish([str(number) for number in range(num_models)])
     growing.close()
     assert json.loads((tmp_path / "o").read_bytes())["source"] == "caf\udce9"
+
+
+PART = {"num_done": 1, "num_bytes": 2, "is_whole": False, "tally": {"counts": {}, "nll": {}, "tokens": {}}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": None},
+        {"settings": [1]},
+        {"published_bytes": "x"},
+        {"parts": None},
+        {"parts": []},
+        {"parts": [PART, PART]},
+        {"parts": [5]},
+        {"parts": [PART | {"num_done": "x"}]},
+        {"parts": [PART | {"num_done": -1}]},
+        {"parts": [PART | {"num_bytes": None}]},
+        {"parts": [PART | {"is_whole": 1}]},
+        {"parts": [PART | {"tally": None}]},
+        {"parts": [PART | {"tally": {"counts": {"lines": "x"}}}]},
+        {"parts": [PART | {"tally": {"counts": 5}}]},
+        {"parts": [PART | {"tally": {"nll": {"user 1": None}, "tokens": {"user 1": 1}}}]},
+        {"parts": [PART | {"tally": {"tokens": {"user 1": 1}}}]},
+    ],
+)
+def test_a_journal_of_another_shape_is_refused_by_name_and_nothing_is_touched(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    output = tmp_path / "o"
+    growing = GrowingOutput(output, SETTINGS, 1)
+    growing.append(0, [line(0)], Tally({"lines": 1}), num_done=1)
+    growing.close()
+    journal, partial = tmp_path / "o.journal", tmp_path / "o.partial-1"
+    before = partial.read_bytes()
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | change))
+    with pytest.raises(StorageError, match=r"o\.journal: not readable \(.*\); remove it to start anew"):
+        GrowingOutput(output, SETTINGS, 1)
+    assert partial.read_bytes() == before
+
+
+def test_the_summary_of_nothing_shows_no_number() -> None:
+    nothing = Tally({"conversations": 3})
+    for names in (["a"], ["a", "b"]):
+        assert list(nll_lines(names, [nothing] * len(names))) == ["scored 3 conversations, 0 tokens: NLL - per token"]
+    two = Tally({"conversations": 1}, {"user 1": 3.0}, {"user 1": 2})
+    assert next(nll_lines(["a"], [two])).endswith("2 tokens: NLL 1.5000 per token")
+
+
+@pytest.mark.parametrize("roles", [[""], ["bot"], ["user", ""]])
+def test_a_role_that_no_message_has_is_a_usage_error(roles: list[str]) -> None:
+    with pytest.raises(UsageError, match="is no role; expected some of system, "):
+        check_roles(roles, ROLES)

@@ -156,6 +156,29 @@ def test_temporaries_of_killed_saves_are_swept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint.checkpoints_dir(tmp_path).iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "5", "{}", '{"step": null}', '{"step": 1e400}', '{"step": "x"}', '{"step": []}']
+)
+def test_a_damaged_note_of_the_best_checkpoint_is_told(tmp_path: Path, text: str) -> None:
+    make(tmp_path, 1)
+    (checkpoint.checkpoints_dir(tmp_path) / "best.json").write_text(text)
+    for which in ("best", "best-or-last"):
+        with pytest.raises(StorageError, match=r"best\.json: not readable .*; ask for the last checkpoint"):
+            checkpoint.find(tmp_path, which)
+    assert checkpoint.find(tmp_path, "last").step == checkpoint.find(tmp_path, "1").step == 1
+
+
+@pytest.mark.parametrize(
+    ("which", "told"), [("3", "no checkpoint of step 3"), ("²", "expected best"), ("x", "expected")]
+)
+def test_a_step_that_is_not_there_is_told_with_those_that_are(tmp_path: Path, which: str, told: str) -> None:
+    for step in (2, 40):
+        make(tmp_path, step)
+    (checkpoint.checkpoints_dir(tmp_path) / "step-0000000²").mkdir()
+    with pytest.raises(ConfigError, match=told + r".* \(steps there: 2, 40\)"):
+        checkpoint.find(tmp_path, which)
+
+
 class _Bomb:
     def __init__(self, path: str) -> None:
         self.path = path
