@@ -38,6 +38,7 @@ from sft_dist.distributed.world import World, find_world
 from sft_dist.model import engine as engines
 from sft_dist.model import sharding, zero
 from sft_dist.model.batch import collate
+from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.layers import decoder_layers
 from sft_dist.session import close_session, open_session
 
@@ -142,8 +143,8 @@ def measure(case: Case, model: Path, folder: Path, world: World, recorder: Recor
     for step in range(_STEPS):
         recorder.reset()
         for number in range(case.accumulation):
-            logprobs = engine.logprobs(collate([example([step, number, world.rank])]))
-            engine.backward(-logprobs.sum() / 100, is_last=number == case.accumulation - 1)
+            loss, _ = engine.loss(collate([example([step, number, world.rank])]), LossTerms())
+            engine.backward(loss / 100, is_last=number == case.accumulation - 1)
         engine.step()
     own = sum(zero.numel(parameter) * parameter.element_size() for parameter in engine.causal_lm.parameters())
     result = {

@@ -67,7 +67,7 @@ CASES = [
     (["batch.global_packs=0"], 78, "batch.global_packs"),
     (["deepspeed={}/own.json"], 78, "optimizer is decided by"),
     (["deepspeed={}/zero1.json"], 78, "stage must be 3"),
-    (["deepspeed=zero9"], 78, "those shipped: cpu, zero3, zero3_offload_all"),
+    (["deepspeed=zero9"], 78, "those shipped: cpu, zero3, zero3_16bit"),
     (["data.max_length=60", "data.heldout={}/long.jsonl"], 65, "data.heldout: no sample has a target token"),
     (["checkpoint.resume=must"], 78, "no valid checkpoint"),
     (["run_dir={}/a_file/run"], 74, "cannot be written"),

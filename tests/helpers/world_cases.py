@@ -25,6 +25,7 @@ from sft_dist.errors import StorageError
 from sft_dist.model import engine as engines
 from sft_dist.model import zero
 from sft_dist.model.batch import collate
+from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.layers import compile_layers
 from sft_dist.preparation import training_set
 from sft_dist.session import close_session, open_session
@@ -156,7 +157,8 @@ def same_again(case: dict[str, Any], folder: Path, world: World) -> dict[str, to
     engine.train()
     batch = collate([random_example(length, np.random.default_rng(world.rank)) for length in (30, 50)])
     for number in range(16):
-        engine.backward(-engine.logprobs(batch).mean(), is_last=number == 15)
+        loss, _ = engine.loss(batch, LossTerms())
+        engine.backward(loss / batch.num_targets, is_last=number == 15)
     return {name: safe_get_full_grad(p).clone() for name, p in engine.causal_lm.named_parameters()}
 
 
@@ -176,7 +178,7 @@ def compiled(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
     for step, lengths in enumerate(case["packs"]):
         rng = np.random.default_rng([step, world.rank])
         batch = collate([random_example(length, rng) for length in lengths])
-        loss = -engine.logprobs(batch).sum()
+        loss, _ = engine.loss(batch, LossTerms())
         engine.backward(loss, is_last=True)
         answer["losses"].append(collectives.all_sum([float(loss.detach())])[0])
         answer["norms"].append(engine.step()[1])
