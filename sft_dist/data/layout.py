@@ -118,10 +118,12 @@ def _check_nothing_joins(renderer: Renderer, escaped: Conversation, layouts: Seq
         return
 
     def without_parts(text: str) -> str:
+        if mark.search(text) is None:
+            return without_edges(renderer.marks, text)
         marks = [*mark.findall(text), ""]
         return "".join(without_edges(renderer.marks, said) + m for said, m in zip(mark.split(text), marks, strict=True))
 
-    if all(without_parts(text) == text for text in all_texts(escaped)):
+    if all(without_parts(text) == text for text in all_texts(escaped) if text):
         return
     work = _Renders(renderer, mapped(escaped, without_parts, without_parts))
     for layout in layouts:
@@ -269,9 +271,7 @@ def _boundary(
 
 def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tuple[int, int]:
     """Characters of a message's content. Raises RecordError where the template has dropped or changed it."""
-    written = work.messages[number].content or ""
-    forms = [json.dumps(form, ensure_ascii=False)[1:-1] for form in (written, written.strip())]
-    for form in dict.fromkeys((written, written.strip(), *forms)):
+    for form in _forms(work.messages[number].content or ""):
         at = text.rfind(form, start, end)
         if at >= 0:
             if form and text.find(form, start, end) != at:
@@ -286,8 +286,21 @@ def _content(work: _Renders, text: str, number: int, start: int, end: int) -> tu
             return start, start
     raise RecordError(
         "template drops a message",
-        f"message {number + 1} ({work.messages[number].role}) is not in the rendered text: {short(written)}",
+        f"message {number + 1} ({work.messages[number].role}) is not in the rendered text: "
+        f"{short(work.messages[number].content or '')}",
     )
+
+
+def _forms(written: str) -> Iterator[str]:
+    """A content as templates write it: as it is, without white space around it, or as JSON does."""
+    yield written
+    stripped = written.strip()
+    if stripped != written:
+        yield stripped
+    for form in dict.fromkeys((written, stripped)):
+        in_json = json.dumps(form, ensure_ascii=False)[1:-1]
+        if in_json != form:
+            yield in_json
 
 
 def _place_of(work: _Renders, text: str, number: int, form: str, otherwise: int) -> int:

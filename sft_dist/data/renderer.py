@@ -43,6 +43,9 @@ _PROBE_TOOL = {
 }
 
 
+_GENERATION = re.compile(r"{%([-+]?)\s*generation\s*([-+]?)%}")
+_END_GENERATION = re.compile(r"{%([-+]?)\s*endgeneration\s*([-+]?)%}")
+
 # Where templates look for the reasoning of an answer.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
@@ -221,7 +224,11 @@ class Renderer:
         from transformers.utils import chat_template_utils
 
         compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
-        return compiled(self._source) if compiled is not None and _is_plain(self._variables) else None
+        if compiled is None or self._source is None or not _is_plain(self._variables):
+            return None
+        # Marks around answers change no text, but cost a call each: as conditions they cost nothing.
+        source = _GENERATION.sub(r"{%\1 if true \2%}", self._source)
+        return compiled(_END_GENERATION.sub(r"{%\1 endif \2%}", source))
 
     def plain(self, message: Message) -> dict[str, Any]:
         """A message as the template gets it; an absent part is an absent key, as transformers has it."""
