@@ -389,7 +389,9 @@ def main() -> None:
     result = {
         "benchmark": "training against the peers",
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "benchmarks/training.py", *(Path(argument).name for argument in sys.argv[1:])]
+        ),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "data": options.data.name,
         "model": f"{options.model.name}: {shape}",
