@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each layer imports only from itself and from those before it.
 LAYERS = [
-    {"sft_dist", "sft_dist.errors", "sft_dist.runfile", "sft_dist.config"},
+    {"sft_dist", "sft_dist.errors", "sft_dist.faults", "sft_dist.runfile", "sft_dist.config"},
     {"sft_dist.data"},
     {"sft_dist.distributed"},
     {"sft_dist.model"},

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sft_dist import faults
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, StorageError
@@ -73,7 +74,9 @@ def save(
     temporary, final = parent / f".tmp-step-{state.step:08d}", parent / f"step-{state.step:08d}"
     problem = _attempt(lambda: _fresh_folder(temporary)) if world.is_main else None
     _raise_together(problem, "cannot be started")
+    faults.reach("save.before_shards", rank=world.rank, step=state.step)
     problem = _attempt(lambda: write(temporary))
+    faults.reach("save.after_shards", rank=world.rank, step=state.step)
     # All ranks have left the writing before anyone looks at files.
     _raise_together(problem, "cannot be written")
     files: dict[str, Any] = {}
@@ -87,8 +90,10 @@ def save(
         "files": {name: facts for part in gathered for name, facts in part.items()},
         **facts,
     }
+    faults.reach("save.before_publish", rank=world.rank, step=state.step)
     problem = _attempt(lambda: _publish(temporary, final, manifest)) if world.is_main else None
     _raise_together(problem, "cannot be published")
+    faults.reach("save.after_publish", rank=world.rank, step=state.step)
     return Checkpoint(final, manifest)
 
 
