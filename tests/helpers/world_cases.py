@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -311,12 +312,12 @@ CASES = {
 }
 
 
-def main() -> None:
+def main(cases: dict[str, Callable[[dict[str, Any], Path, World], Any]]) -> None:
     folder = Path(sys.argv[1])
     world = find_world(os.environ)
     open_session(world)
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        answer = CASES[case["case"]](case, folder, world)
+        answer = cases[case["case"]](case, folder, world)
         if world.is_main:
             torch.save(answer, folder / f"answer-{number}.pt")
     close_session()
@@ -326,4 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CASES)
