@@ -139,7 +139,8 @@ def _print_config(options: argparse.Namespace) -> ExitCode:
 
     if options.explain:
         for key, default, meaning in configs.explain():
-            print(f"{key} (default {default})\n    {meaning}")
+            fixed = "" if configs.may_change(key.partition("[]")[0]) else "; fixed when resuming"
+            print(f"{key} (default {default}{fixed})\n    {meaning}")
         return ExitCode.DONE
     if options.run_file is None:
         from sft_dist.errors import UsageError

@@ -199,7 +199,7 @@ class CheckpointConfig(Section):
     stop_at_step: Annotated[int, Field(ge=1)] | None = None
     """Checkpoint and leave with code 75 after this step; the schedule is not changed by it."""
     allow_changed: tuple[str, ...] = ()
-    """Keys that may differ from the resumed checkpoint's run file although they change the mathematics."""
+    """Fixed keys (config --explain) that may differ from the resumed checkpoint's run file all the same."""
 
 
 class EvaluateConfig(Section):
@@ -236,6 +236,31 @@ class RunConfig(Section):
         if max(self.optimizer.betas) >= 1.0:
             raise ValueError(f"optimizer.betas must be below 1, got {list(self.optimizer.betas)}")
         return self
+
+    @model_validator(mode="after")
+    def _allowed_are_keys(self) -> "RunConfig":
+        known = {key for key, _, _ in explain()} if self.checkpoint.allow_changed else set()
+        for name in self.checkpoint.allow_changed:
+            if name not in known:
+                raise ValueError(f"checkpoint.allow_changed: {name}: no key of a run file; {_nearest(name)}")
+        return self
+
+
+# What a resumed run may change at will: files, layout, speed, what is kept and said; no sample, and no number beyond
+# rounding and draws of dropout. Files are compared by content (train/contract.py). Any other key is fixed for a run.
+_CHANGEABLE = (
+    *("run_dir", "model.path", "model.init_from", "model.attention", "model.gradient_checkpointing", "model.compile"),
+    *("model.allow_new_parameters", "model.trust_remote_code"),
+    *("data.train", "data.heldout", "data.chat_template", "data.cache_dir", "data.num_processes"),
+    *("data.on_bad_record", "data.max_refused"),
+    *("batch.packs_per_micro_batch", "batch.reduce_once", "deepspeed"),
+    *("checkpoint.", "evaluate.", "logging."),
+)
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of a key than its checkpoint, without checkpoint.allow_changed."""
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in _CHANGEABLE)
 
 
 # Keys people bring from other tools, and where that fact lives here.

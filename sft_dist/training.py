@@ -97,11 +97,12 @@ def _with_group(
     collectives.check_same({"cost of packs (config.json)": plan.cost_model})
     say_once = print_from_main(world)
     heldout_data = None if heldout is None else heldout.dataset
-    facts = contract.facts(config, selection.dataset, heldout_data, model_config)
+    facts = collectives.on_main(lambda: contract.facts(config, selection.dataset, heldout_data, model_config, plan))
     resumed = _resumed_from(config, world)
     if resumed is not None:
-        contract.check(resumed, facts, allow_changed=config.checkpoint.allow_changed)
-        contract.check_world_size(resumed, world.size)
+        allowed = config.checkpoint.allow_changed
+        for note in contract.check(resumed, facts, world_size=world.size, allow_changed=allowed):
+            say_once(note)
     if world.is_main:
         rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     initial = None if resumed is not None else initial_weights(config)

@@ -113,6 +113,12 @@ def _bf16(section: dict[str, Any], path: Path, dtype: torch.dtype) -> dict[str, 
     return {"enabled": dtype is torch.bfloat16, **section}
 
 
+def states_dtype(config: RunConfig) -> torch.dtype:
+    """Precision of master weights and moments."""
+    is_16bit = resolve_deepspeed_config(config)["bf16"].get("bf16_master_weights_and_grads")
+    return torch.bfloat16 if is_16bit else torch.float32
+
+
 class Engine:
     """One model over all ranks. Every method is called by all ranks at the same line.
 

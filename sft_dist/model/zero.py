@@ -64,7 +64,7 @@ def clear_padding(model: nn.Module) -> None:
     for parameter in model.parameters():
         if hasattr(parameter, "ds_tensor"):
             shard = parameter.ds_tensor
-            shard.view(-1)[max(parameter.ds_numel - dist.get_rank() * shard.numel(), 0) :].zero_()
+            shard.view(-1)[max(numel(parameter) - dist.get_rank() * shard.numel(), 0) :].zero_()
 
 
 def release(model: nn.Module) -> None:
