@@ -254,7 +254,7 @@ class Engine:
         checkpoint_engine.save, checkpoint_engine.load = save, load
 
     def load(self, folder: Path) -> None:
-        """The state of a checkpoint, whatever number of ranks wrote it; for a training engine before its first step.
+        """Take the state of a checkpoint, whatever number of ranks wrote it; for engines that train.
 
         Raises ConfigError where its parameters or their groups are not this model's.
         """

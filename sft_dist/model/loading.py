@@ -75,20 +75,23 @@ def load_config(model: ModelConfig, max_length: int) -> Any:
 def weights_fingerprint(path: str, model_config: Any) -> str:
     """Identity of a model folder's weights, without reading all of them; of a Hub id its commit.
 
-    Names, shapes, sizes, and a sample of every tensor: training changes all of them. What a flipped bit changes is for
-    checksums to find.
+    Names, shapes, sizes, and a sample of every tensor: training changes all of them. A flipped bit is not found.
+    Raises ConfigError.
     """
     folder = Path(path)
     if not folder.is_dir():
         return str(getattr(model_config, "_commit_hash", None) or path)
     digest = hashlib.sha256()
-    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with open(file, "rb") as content:
-            for place in _sampled_places(content, size):
-                content.seek(place)
-                digest.update(content.read(_SAMPLE_BYTES))
+    try:
+        for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with open(file, "rb") as content:
+                for place in _sampled_places(content, size):
+                    content.seek(place)
+                    digest.update(content.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise ConfigError(f"model.path: {path}: the weights cannot be read: {error}") from error
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ without a whole parameter in memory. Frozen parameters lie in the model files, c
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from sft_dist.model import zero
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 _MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
-_OPEN_FILES = 64  # of each sort; more ranks' files are opened again when their turn comes
 _NAMED = 5
 
 
@@ -39,8 +38,7 @@ class Shards:
             raise StorageError(
                 f"{folder}: {len(self._model_files)} model shards and {len(self._optim_files)} optimizer shards"
             )
-        self._model_state = lru_cache(_OPEN_FILES)(self._read_model_state)
-        self._optim_state = lru_cache(_OPEN_FILES)(self._read_optim_state)
+        self._model_state, self._optim_state = cache(self._read_model_state), cache(self._read_optim_state)
         head = self._model_state(0)
         self._sub_groups: list[dict[str, int]] = []  # of each: parameter -> where it begins in the flat tensor
         self.shapes: dict[str, tuple[int, ...]] = {}  # of trained parameters
@@ -172,10 +170,11 @@ def stored_numel(folder: Path) -> dict[str, int]:
 
 
 def load(engine: Any, folder: Path, *, rank: int) -> None:
-    """Give DeepSpeed's `engine`, fresh from `initialize`, the state in `folder`: weights, moments, steps, buffers.
+    """Give DeepSpeed's `engine` the state in `folder`: weights, moments, steps, buffers, counters.
 
-    Hyper-parameters of the groups stay those of the run file. Raises ConfigError where the model or its parameter
-    groups are others, StorageError where the files do not fit together. A collective where parameters are persistent.
+    It may have trained; gradients it has not stepped with are to be cleared before. Hyper-parameters of the groups stay
+    those of the run file. Raises ConfigError where the model or its parameter groups are others, StorageError where the
+    files do not fit together. A collective where parameters are persistent.
     """
     shards = Shards(folder)
     optimizer = engine.optimizer

@@ -112,7 +112,7 @@ def local_state(engine: Engine) -> list[Tensor]:
 
 
 def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
-    """Take the steps [first, last), from a checkpoint where one is given, and save at the end where asked to."""
+    """Take the steps [first, last), from a checkpoint where one is given; save before them where asked to, or after."""
     config = run_config(case, folder)
     selection, plan = training_set(config)
     with frozen(case.get("frozen", [])):
@@ -123,6 +123,8 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
         engine.load(Path(case["resume"]))
         answer["loaded"] = whole_state(engine)
         answer["with"] = hyper_parameters(engine)
+    if "save_loaded" in case:
+        answer["stored"] = save(engine, Path(case["save_loaded"]))
     first, last = case["steps"]
     for step in range(first, last):
         answer["losses"].append(take_step(engine, config, selection, plan, step, world))
@@ -131,11 +133,16 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
         answer["samples"].append(sorted(int(selection.samples[index]) for index in dealt))
     answer["state"] = whole_state(engine)
     if "save" in case:
-        engine.save(Path(case["save"]))
-        collectives.barrier()
-        answer["stored"] = {name: value.clone() for name, value in engines.stored_parameters(Path(case["save"]))}
+        answer["stored"] = save(engine, Path(case["save"]))
     engine.close()
     return answer
+
+
+def save(engine: Engine, folder: Path) -> dict[str, Tensor]:
+    """What every parameter of the saved checkpoint is, read whole."""
+    engine.save(folder)
+    collectives.barrier()
+    return {name: value.clone() for name, value in engines.stored_parameters(folder)}
 
 
 def take_step(engine: Engine, config: RunConfig, selection: Selection, plan: Any, step: int, world: World) -> float:
@@ -180,10 +187,16 @@ def exact(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     engine = engines.training_engine(config, world, None)
     plain = [take_step(engine, config, selection, plan, step, world) for step in range(num_steps)]
     undisturbed = plain == losses and _equal(local_state(engine), after[-1])
+    # Back to the first checkpoint, in an engine that has trained to the end.
+    engine.load(folders[0])
+    rewound = take_step(engine, config, selection, plan, 1, world) == losses[1]
+    rewound = rewound and _equal(local_state(engine), after[1])
     engine.close()
     return {
         "differing": collectives.gather(differing),
         "undisturbed": collectives.gather(undisturbed),
+        "rewound": collectives.gather(rewound),
+        "folder": str(folders[0]),
         "num_steps": num_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "losses": losses,

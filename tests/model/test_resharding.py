@@ -5,7 +5,7 @@ loaded. 5 packs a step: no number of ranks here divides them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "frozen": BF16 | {"frozen": ["*embed_tokens*", "*layers.1.*", "*norm.weight"]},
 }
 # Which layout reads the checkpoint of which other one, on another number of ranks.
-CROSSED = {"float32": "split", "split": "float32", "bfloat16": "offload all", "offload all": "split bfloat16"}
-WRITERS = {"2->1": 2, "2->3": 2, "1->2": 1, "3->2": 3}
+CROSSED = {
+    "2->1": {"float32": "split", "bfloat16": "offload all"},
+    "2->3": {"split": "float32", "offload all": "split bfloat16"},
+}
+WAYS = ("2->1", "2->3", "1->2", "3->2")
+# Layouts that go back to two ranks.
+BACK = {"1->2": ("float32", "16-bit", "frozen"), "3->2": ("float32", "offload all", "split bfloat16", "frozen")}
+READ = [(way, layout) for way in WAYS for layout in BACK.get(way, LAYOUTS)]
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Answers of resume_cases.train by (way, layout): ways are 2 (undisturbed or saving), and those of WRITERS."""
+    """Answers of resume_cases.train by (way, layout); of "2", which writes, and of "undisturbed" too."""
 
     folder: Path
     answers: dict[tuple[str, str], Any]
@@ -80,12 +86,16 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
         )
         result.answers.update(zip(cases, found, strict=True))
 
-    def reading(way: str, last: dict[str, int]) -> dict[tuple[str, str], dict[str, Any]]:
-        ranks = WRITERS[way]
+    def reading(way: str, names: Iterable[str], *, and_save: bool) -> dict[tuple[str, str], dict[str, Any]]:
+        ranks = int(way[-1])
         return {
             (way, name): layouts[name]
-            | {"resume": str(result.saved(ranks, name)), "steps": [SAVED, last.get(name, SAVED + 1)]}
-            for name in LAYOUTS
+            | {
+                "resume": str(result.saved(int(way[0]), name)),
+                "steps": [SAVED, LAST if name == "float32" else SAVED + 1],
+            }
+            | ({"save_loaded": str(result.saved(ranks, name))} if and_save else {})
+            for name in names
         }
 
     writing: dict[tuple[str, str], dict[str, Any]] = {
@@ -95,19 +105,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     undisturbed = {("undisturbed", "float32"): {"steps": [0, LAST]}}
     ask(2, writing | undisturbed, "2")
     for ranks, way in ((1, "2->1"), (3, "2->3")):
-        cases = reading(way, {"float32": LAST})
-        crossed = {
+        crossed: dict[tuple[str, str], dict[str, Any]] = {
             (way, f"{source} as {target}"): layouts[target]
-            | {"resume": str(result.saved(2, source)), "steps": [SAVED, SAVED + 1]}
-            for source, target in CROSSED.items()
+            | {"resume": str(result.saved(2, source)), "steps": [SAVED, SAVED]}
+            for source, target in CROSSED[way].items()
         }
-        again: dict[tuple[str, str], dict[str, Any]] = {
-            (str(ranks), name): layout
-            | {"resume": str(result.saved(2, name)), "steps": [SAVED, SAVED], "save": str(result.saved(ranks, name))}
-            for name, layout in layouts.items()
-        }
-        ask(ranks, cases | crossed | again, str(ranks))
-    ask(2, reading("1->2", {"float32": LAST}) | reading("3->2", {"float32": LAST}), "back")
+        ask(ranks, reading(way, LAYOUTS, and_save=True) | crossed, str(ranks))
+    back = (reading(way, names, and_save=False) for way, names in BACK.items())
+    ask(2, dict(pair for cases in back for pair in cases.items()), "back")
     yield result
 
 
@@ -119,8 +124,7 @@ def assert_same(found: Any, expected: Any) -> None:
             assert torch.equal(found[kind][name], value), (kind, name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("way", WRITERS)
+@pytest.mark.parametrize(("way", "layout"), READ)
 def test_the_whole_state_is_the_same_after_a_change_of_ranks(chain: Chain, way: str, layout: str) -> None:
     written = chain.answers["2", layout]
     read = chain.answers[way, layout]
@@ -135,15 +139,13 @@ def test_the_whole_state_is_the_same_after_a_change_of_ranks(chain: Chain, way: 
         assert all(torch.equal(v, v.bfloat16().to(v)) for v in written["state"]["exp_avg"].values())
 
 
-@pytest.mark.parametrize("target", CROSSED)
-@pytest.mark.parametrize("way", ["2->1", "2->3"])
-def test_a_checkpoint_is_read_under_another_memory_layout(chain: Chain, way: str, target: str) -> None:
-    read = chain.answers[way, f"{target} as {CROSSED[target]}"]
-    assert_same(read["loaded"], chain.answers["2", target]["state"])
+@pytest.mark.parametrize(("way", "source"), [(way, source) for way in CROSSED for source in CROSSED[way]])
+def test_a_checkpoint_is_read_under_another_memory_layout(chain: Chain, way: str, source: str) -> None:
+    read = chain.answers[way, f"{source} as {CROSSED[way][source]}"]
+    assert_same(read["loaded"], chain.answers["2", source]["state"])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("way", WRITERS)
+@pytest.mark.parametrize(("way", "layout"), READ)
 def test_adam_steps_on_with_its_own_count_and_decay_for_every_group(chain: Chain, way: str, layout: str) -> None:
     found = chain.answers[way, layout]["with"]
     assert set(found["steps"]) == {float(SAVED)} and not found["shared"]
@@ -153,7 +155,7 @@ def test_adam_steps_on_with_its_own_count_and_decay_for_every_group(chain: Chain
     assert found["counters"] == [SAVED, 0]
 
 
-@pytest.mark.parametrize("way", WRITERS)
+@pytest.mark.parametrize("way", WAYS)
 def test_the_steps_after_a_change_of_ranks_are_those_of_the_undisturbed_run(chain: Chain, way: str) -> None:
     whole, found = chain.answers["undisturbed", "float32"], chain.answers[way, "float32"]
     assert len(found["losses"]) == 10
@@ -167,14 +169,15 @@ def test_the_steps_after_a_change_of_ranks_are_those_of_the_undisturbed_run(chai
 @pytest.mark.parametrize("ranks", ["1", "2", "3"])
 def test_what_a_checkpoint_holds_is_read_whole_whoever_wrote_it(chain: Chain, ranks: str, layout: str) -> None:
     """As export, score and generate read it; frozen parameters too."""
-    state, stored = chain.answers["2", layout]["state"], chain.answers[ranks, layout]["stored"]
+    state = chain.answers["2", layout]["state"]
+    stored = chain.answers["2" if ranks == "2" else f"2->{ranks}", layout]["stored"]
     expected = state["weight"] | state["master"]
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[name].float(), value.float()) for name, value in expected.items())
 
 
 def test_frozen_parameters_keep_the_bits_they_had(chain: Chain) -> None:
-    for way in WRITERS:
+    for way in WAYS:
         answer = chain.answers[way, "frozen"]
         frozen = answer["loaded"]["weight"].keys() - answer["loaded"]["master"].keys()
         assert len(frozen) > 10
