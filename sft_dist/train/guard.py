@@ -6,7 +6,6 @@ Every rank comes to the same verdict, since the loss and the norm are those of a
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -18,10 +17,12 @@ from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World
 from sft_dist.errors import TrainingError
 from sft_dist.model.engine import Engine
-from sft_dist.train import checkpoint, numbers, offenders, out_of_memory
+from sft_dist.train import checkpoint, numbers, out_of_memory
 from sft_dist.train.checkpoint import TrainState
+from sft_dist.train.meter import PhaseClock
 from sft_dist.train.metrics import Metrics
 from sft_dist.train.numbers import Verdict
+from sft_dist.train.offenders import Search
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,14 @@ class Guard:
     """One for a run. Its methods are called by all ranks at the same line."""
 
     def __init__(
-        self, config: RunConfig, world: World, engine: Engine, selection: Selection, plan: Plan, metrics: Metrics
+        self,
+        config: RunConfig,
+        world: World,
+        engine: Engine,
+        selection: Selection,
+        plan: Plan,
+        metrics: Metrics,
+        clock: PhaseClock,
     ) -> None:
         self._config = config
         self._world = world
@@ -52,6 +60,7 @@ class Guard:
         self._selection = selection
         self._plan = plan
         self._metrics = metrics
+        self._search = Search(engine, config, world, clock)
         self._run_dir = Path(config.run_dir)
 
     def take(self, step: int, gradient: Gradient, state: TrainState) -> Outcome:
@@ -74,9 +83,11 @@ class Guard:
             verdict = numbers.on_non_finite(state.history, policy)
             problem = f"the gradient norm is {grad_norm}, the loss {gradient.loss:.4f}"
         elif verdict.z is not None:
-            raise TrainingError(f"step {step + 1:,}: the loss spikes again and {verdict.reason}{self._advice(state)}")
+            raise TrainingError(
+                f"step {step + 1:,}: the loss spikes again and {verdict.reason}; {self._last_checkpoint()}; look at "
+                "the data of these steps, or try a lower optimizer.learning_rate, or numbers.spike: alarm"
+            )
         else:
-            self._engine.clear_gradients()
             problem = f"the loss is {gradient.loss}"
         return Outcome(self._leave_out(step, problem, gradient, verdict, state), None)
 
@@ -89,15 +100,7 @@ class Guard:
 
         Raises TrainingError with numbers.non_finite: stop, and where the weights are at fault.
         """
-        report = offenders.of_heldout(
-            f"the held-out NLL after step {step:,} is {nll}",
-            step,
-            engine=self._engine,
-            selection=selection,
-            packs=packs,
-            config=self._config,
-            world=self._world,
-        )
+        report = self._search.heldout(f"the held-out NLL after step {step:,} is {nll}", step, selection, packs)
         if self._config.numbers.non_finite == "stop" or report.broken_weights:
             raise TrainingError(str(report))
         self._metrics.say(f"warning: {report}; this evaluation does not count")
@@ -151,30 +154,22 @@ class Guard:
         self, step: int, problem: str, gradient: Gradient, verdict: Verdict, state: TrainState
     ) -> TrainState:
         """The state behind a step that is not taken, or TrainingError."""
-        report = offenders.of_step(
-            f"step {step + 1:,}: {problem}, so it was not taken",
-            step,
-            engine=self._engine,
-            selection=self._selection,
-            plan=self._plan,
-            config=self._config,
-            world=self._world,
-            own_losses=gradient.own_losses,
-        )
+        what = f"step {step + 1:,}: {problem}, so it was not taken"
+        with out_of_memory.explained(f"{what}; looking for the cause", rank=self._world.rank, config=self._config):
+            report = self._search.step(what, step, self._selection, self._plan, gradient.own_losses)
         if verdict.action == "stop" or report.broken_weights:
             reason = f" ({verdict.reason})" if verdict.reason else ""
-            raise TrainingError(f"{report}{reason}{self._advice(state)}")
+            raise TrainingError(
+                f"{report}{reason}; {self._last_checkpoint()}; leave these conversations out, or try a lower "
+                "optimizer.learning_rate, model.dtype: float32, or numbers.non_finite: skip"
+            )
         history = state.history.after_skipping(step + 1)
         allowed = self._config.numbers.max_skipped
         self._metrics.say(f"warning: {report}; {len(history.skipped)} of {allowed} steps that may be left out")
-        found: dict[str, Any] = {"conversations": [offender.id for offender in report.offenders]}
-        self._metrics.record("skipped", step + 1, problem=problem, file=str(report.file.name), **found)
+        found = [offender.id for offender in report.offenders]
+        self._metrics.record("skipped", step + 1, problem=problem, file=report.file.name, conversations=found)
         return replace(state, step=step + 1, history=history)
 
-    def _advice(self, state: TrainState) -> str:
+    def _last_checkpoint(self) -> str:
         steps = checkpoint.step_folders(self._run_dir)
-        where = f"the last checkpoint is step {max(steps):,}" if steps else "no checkpoint is saved yet"
-        return (
-            f"; {where}; leave these conversations out, or try a lower optimizer.learning_rate, model.dtype: float32, "
-            "or numbers.non_finite: skip"
-        )
+        return f"the last checkpoint is step {max(steps):,}" if steps else "no checkpoint is saved yet"

@@ -81,7 +81,7 @@ class Run:
         self._facts = facts
         self._profile = profile
         self._meter = _meter(config, engine, plan, metrics)
-        self._guard = Guard(config, world, engine, selection, plan, metrics)
+        self._guard = Guard(config, world, engine, selection, plan, metrics, self._meter.clock)
         self._run_dir = Path(config.run_dir)
         self._probe = probe.choose(selection.dataset, config.data.max_length)
         self._saved_step: int | None = state.step if state.step else None

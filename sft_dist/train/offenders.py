@@ -7,14 +7,14 @@ to RUN_DIR/non_finite/, all of it, and said in one sentence.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sft_dist.config import RunConfig, SourceConfig
-from sft_dist.data import formats
+from sft_dist.data import formats, readers
 from sft_dist.data.packing import Pack
 from sft_dist.data.plan import Plan, distribute
 from sft_dist.data.selection import Example, Selection
@@ -27,10 +27,11 @@ from sft_dist.train import objective
 from sft_dist.train.checkpoint import write_json
 from sft_dist.train.feeding import MicroBatch
 from sft_dist.train.gradient import forward
+from sft_dist.train.meter import PhaseClock
 from sft_dist.train.numbers import narrow
 
 FOLDER = "non_finite"
-_MAX_TESTS = 200  # forwards spent on telling conversations apart, beside one for each micro-batch
+_MAX_TESTS = 64  # forwards spent on telling conversations apart, beside one for each micro-batch
 _MAX_READING_S = 20.0  # spent on finding lines in the files
 _NUM_SAID = 3
 
@@ -65,6 +66,7 @@ class Report:
     broken_losses: tuple[tuple[int, int], ...]  # (rank, micro-batch from 1) whose loss was not finite at first
     offenders: tuple[Offender, ...]
     file: Path
+    problem: str | None = None  # why the file could not be written
 
     def __str__(self) -> str:
         if self.broken_weights:
@@ -77,69 +79,94 @@ class Report:
             broken = [f"rank {rank}, micro-batch {number}" for rank, number in self.broken_losses]
             whose = _listed(broken) if broken else "of a rank that cannot be told any more"
             found = f"{whose}; computed again it is finite, so no conversation is at fault: suspect the hardware"
-        return f"{self.what}; {found}; all that is known is in {self.file}"
+        written = f"all that is known is in {self.file}" if self.problem is None else self.problem
+        return f"{self.what}; {found}; {written}"
 
 
-def of_step(
-    what: str,
-    step: int,
-    *,
-    engine: Engine,
-    selection: Selection,
-    plan: Plan,
-    config: RunConfig,
-    world: World,
-    own_losses: Sequence[torch.Tensor],
-) -> Report:
-    """The conversations of step `step` (from 0) by which its loss or its gradient is not finite. A collective."""
-    per_forward = config.batch.packs_per_micro_batch
-    terms, denominator = objective.loss_terms(config.objective), plan.denominator(step)
-    own_broken = [number for number, loss in enumerate(own_losses) if not math.isfinite(float(loss))]
-    broken_losses = [(r, n) for r, numbers in enumerate(collectives.gather(own_broken)) for n in numbers]
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What it takes to compute parts of a step again. Its methods are collectives, and cost many forwards."""
 
-    def is_bad(items: tuple[Item, ...]) -> bool:
-        examples = tuple(selection[item.sample] for item in items if item.rank == world.rank)
-        part = MicroBatch(step, items[0].number, True, examples, collate(examples))
-        engine.clear_gradients()
-        loss, _ = forward(engine, part, terms, config.seed, world.rank)
-        engine.backward(loss / denominator, is_last=True)
-        return _any_rank(not math.isfinite(float(loss)) or not engine.has_finite_gradient())
+    engine: Engine
+    config: RunConfig
+    world: World
+    clock: PhaseClock
 
-    groups = _groups(
-        [
+    def step(
+        self, what: str, step: int, selection: Selection, plan: Plan, own_losses: Sequence[torch.Tensor]
+    ) -> Report:
+        """The conversations of step `step` (from 0) by which its loss or its gradient is not finite.
+
+        `own_losses`: of this rank's micro-batches, as they were at first. The gradient is forgotten.
+        """
+        config, engine, world = self.config, self.engine, self.world
+        terms, denominator = objective.loss_terms(config.objective), plan.denominator(step)
+        own_broken = [number for number, loss in enumerate(own_losses) if not math.isfinite(float(loss))]
+        broken = [(rank, n + 1) for rank, numbers in enumerate(collectives.gather(own_broken)) for n in numbers]
+        per_forward = config.batch.packs_per_micro_batch
+        packs = [
             plan.micro_batches(step, data_rank=rank, data_size=world.size, packs_per_micro_batch=per_forward)
             for rank in range(world.size)
         ]
-    )
-    engine.train()
-    report = _find(what, f"step-{step + 1:08d}", groups, is_bad, engine, selection, config.data.train, config, world,
-                   broken_losses)  # fmt: skip
-    engine.clear_gradients()
-    return report
 
+        def is_bad(items: tuple[Item, ...]) -> bool:
+            examples = self._own(items, selection)
+            part = MicroBatch(step, items[0].number, True, examples, collate(examples))
+            engine.clear_gradients()
+            loss, _ = forward(engine, part, terms, config.seed, world.rank)
+            engine.backward(loss / denominator, is_last=True)
+            return not math.isfinite(float(loss)) or not engine.has_finite_gradient()
 
-def of_heldout(
-    what: str,
-    step: int,
-    *,
-    engine: Engine,
-    selection: Selection,
-    packs: Sequence[Pack],
-    config: RunConfig,
-    world: World,
-) -> Report:
-    """The held-out conversations whose log-probabilities after `step` steps are not finite. A collective."""
+        engine.train()
+        found, weights = self._find(_groups(packs), is_bad)
+        engine.clear_gradients()
+        file = Path(config.run_dir) / FOLDER / f"step-{step + 1:08d}.json"
+        return self._report(Report(what, weights, tuple(broken), (), file), found, selection, config.data.train)
 
-    def is_bad(items: tuple[Item, ...]) -> bool:
-        examples = tuple(selection[item.sample] for item in items if item.rank == world.rank)
-        with torch.no_grad():
-            logprobs = engine.logprobs(collate(examples))
-        return _any_rank(not bool(logprobs.isfinite().all()))
+    def heldout(self, what: str, step: int, selection: Selection, packs: Sequence[Pack]) -> Report:
+        """The held-out conversations whose log-probabilities after `step` steps are not finite."""
+        config, world = self.config, self.world
+        by_rank = [distribute(packs, n, world.size, config.batch.packs_per_micro_batch) for n in range(world.size)]
 
-    per_forward = config.batch.packs_per_micro_batch
-    groups = _groups([distribute(packs, rank, world.size, per_forward) for rank in range(world.size)])
-    engine.train(False)
-    return _find(what, f"heldout-{step:08d}", groups, is_bad, engine, selection, config.data.heldout, config, world, [])
+        def is_bad(items: tuple[Item, ...]) -> bool:
+            with torch.no_grad():
+                logprobs = self.engine.logprobs(collate(self._own(items, selection)))
+            return not bool(logprobs.isfinite().all())
+
+        self.engine.train(False)
+        found, weights = self._find(_groups(by_rank), is_bad)
+        file = Path(config.run_dir) / FOLDER / f"heldout-{step:08d}.json"
+        return self._report(Report(what, weights, (), (), file), found, selection, config.data.heldout)
+
+    def _own(self, items: Sequence[Item], selection: Selection) -> tuple[Example, ...]:
+        return tuple(selection[item.sample] for item in items if item.rank == self.world.rank)
+
+    def _find(
+        self, groups: Sequence[tuple[Item, ...]], is_bad_here: Callable[[tuple[Item, ...]], bool]
+    ) -> tuple[list[tuple[Item, ...]], tuple[str, ...]]:
+        """The smallest sets of items that are bad, and the names of broken weights: with those, everything is."""
+
+        def is_bad(items: tuple[Item, ...]) -> bool:
+            self.clock.enter("other")  # whoever watches over the run sees that it gets on
+            return collectives.all_max([float(is_bad_here(items))])[0] > 0
+
+        weights = sorted({name for names in collectives.gather(self.engine.broken_weights()) for name in names})
+        return [] if weights else narrow(groups, is_bad, max_tests=_MAX_TESTS), tuple(weights)
+
+    def _report(
+        self,
+        report: Report,
+        found: Sequence[tuple[Item, ...]],
+        selection: Selection,
+        sources: Sequence[SourceConfig],
+    ) -> Report:
+        """With everything about what was found, and written by rank 0."""
+        indices = {int(selection.indices[item.sample]) for items in found for item in items}
+        # All ranks wait for what rank 0 does alone: the first that leaves with an error would end it.
+        places = collectives.on_main(lambda: _places(sources, indices))
+        offenders = tuple(_offender(item, selection, places, len(items) == 1) for items in found for item in items)
+        report = replace(report, offenders=offenders)
+        return replace(report, problem=collectives.on_main(lambda: _write(report)))
 
 
 def _groups(packs_by_rank: Sequence[Sequence[Pack]]) -> list[tuple[Item, ...]]:
@@ -150,35 +177,18 @@ def _groups(packs_by_rank: Sequence[Sequence[Pack]]) -> list[tuple[Item, ...]]:
     ]
 
 
-def _find(
-    what: str,
-    name: str,
-    groups: Sequence[tuple[Item, ...]],
-    is_bad: Callable[[tuple[Item, ...]], bool],
-    engine: Engine,
-    selection: Selection,
-    sources: Sequence[SourceConfig],
-    config: RunConfig,
-    world: World,
-    broken_losses: Iterable[tuple[int, int]],
-) -> Report:
-    broken_weights = sorted({name for names in collectives.gather(engine.broken_weights()) for name in names})
-    found = [] if broken_weights else narrow(groups, is_bad, max_tests=_MAX_TESTS)
-    places: dict[int, str] = {}
-    if world.is_main:
-        places = _places(sources, {int(selection.indices[item.sample]) for items in found for item in items})
-    offenders = tuple(_offender(item, selection, places, len(items) == 1) for items in found for item in items)
-    file = Path(config.run_dir) / FOLDER / f"{name}.json"
-    broken_losses = tuple((rank, number + 1) for rank, number in broken_losses)
-    report = Report(what, tuple(broken_weights), broken_losses, offenders, file)
-    if world.is_main:
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, asdict(report) | {"file": file.name})
-    return report
+def _write(report: Report) -> str | None:
+    """Why the report could not be written, or None."""
+    try:
+        report.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(report.file, asdict(report) | {"file": report.file.name})
+    except OSError as error:
+        return f"{report.file} cannot be written: {error.strerror}"
+    return None
 
 
 def _offender(item: Item, selection: Selection, places: dict[int, str], is_alone: bool) -> Offender:
-    example: Example = selection[item.sample]
+    example = selection[item.sample]
     sample = example.sample
     return Offender(
         rank=item.rank,
@@ -193,12 +203,14 @@ def _offender(item: Item, selection: Selection, places: dict[int, str], is_alone
 
 
 def _places(sources: Sequence[SourceConfig], indices: set[int]) -> dict[int, str]:
-    """Number of a conversation -> file:line, by reading the sources once more; what cannot be found is left out."""
+    """Number of a conversation -> file:line, by reading the files once more; what cannot be found is left out."""
     found: dict[int, str] = {}
     deadline = time.monotonic() + _MAX_READING_S
     first_index = 0
     try:
         for source in sources:
+            if readers.is_hub_id(source.path):
+                return found
             for row in formats.read_rows(source, first_index):
                 first_index = row.index + 1
                 if row.index in indices:
@@ -208,10 +220,6 @@ def _places(sources: Sequence[SourceConfig], indices: set[int]) -> dict[int, str
     except (DataError, OSError):
         pass  # the files may have gone since they were prepared
     return found
-
-
-def _any_rank(is_bad: bool) -> bool:
-    return collectives.all_max([float(is_bad)])[0] > 0
 
 
 def _named(offender: Offender) -> str:

@@ -30,11 +30,13 @@ from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.layers import compile_layers
 from sft_dist.preparation import training_set
 from sft_dist.session import close_session, open_session
-from sft_dist.train import checkpoint, offenders
+from sft_dist.train import checkpoint
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, score_pack, scoring_packs
 from sft_dist.train.gradient import accumulate_gradient
+from sft_dist.train.meter import PhaseClock
+from sft_dist.train.offenders import Search
 
 MAX_LENGTH = 384
 
@@ -341,12 +343,10 @@ def offenders_found(case: dict[str, Any], folder: Path, world: World) -> dict[st
     config = run_config(case, folder)
     selection, plan = training_set(config)
     engine = engines.training_engine(config, world, None)
-    (folder / "run").mkdir(exist_ok=True)
     own_losses = [torch.tensor(float("nan") if world.rank == 1 else 1.0)]
-    common = {"engine": engine, "selection": selection, "config": config, "world": world}
-    packs = scoring_packs(selection)
-    step = partial(offenders.of_step, "the loss", 0, plan=plan, own_losses=own_losses, **common)
-    heldout_data = partial(offenders.of_heldout, "the NLL", 4, packs=packs, **common)
+    search = Search(engine, config, world, PhaseClock(engine.device))
+    step = partial(search.step, "the loss", 0, selection, plan, own_losses)
+    heldout_data = partial(search.heldout, "the NLL", 4, selection, scoring_packs(selection))
     answers = {"finite again": step(), "finite heldout": heldout_data()}
 
     def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:

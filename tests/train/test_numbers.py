@@ -136,6 +136,14 @@ def test_a_rollback_goes_to_the_newest_checkpoint_of_the_schedule(step: int, eve
     assert last_regular(step, NumbersConfig(), CheckpointConfig(every=every)) == 0, "nothing is kept for an alarm"
 
 
+@given(st.lists(LOSSES, max_size=30), st.integers(4, 9))
+def test_the_history_holds_the_losses_of_the_window(losses: list[float], window: int) -> None:
+    history = History()
+    for loss in losses:
+        history = history.after_taking(loss, window)
+    assert history.losses == tuple(losses[-window:])
+
+
 def test_untrained_steps_are_those_skipped_and_those_given_up() -> None:
     history = History(skipped=(2, 5), rollbacks=((4, 6), (4, 8)))
     assert history.untrained == [2, 4, 5, 6, 7, 8]
