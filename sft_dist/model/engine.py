@@ -201,13 +201,29 @@ class Engine:
 
     def local_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 [n] on the CPU): this rank's part of the gradient that the last backward completed."""
+        for name, shard in self._local_gradients():
+            yield name, shard.float().cpu().clone()
+
+    def _local_gradients(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_local_grad
 
         for name, parameter in self.causal_lm.named_parameters():
-            shard = safe_get_local_grad(parameter).reshape(-1)
-            # The last ranks' parts are filled up to the size of the others.
-            own = min(max(parameter.ds_numel - self._world.rank * shard.numel(), 0), shard.numel())
-            yield name, shard[:own].float().cpu().clone()
+            if parameter.requires_grad:
+                yield name, self._own(parameter, safe_get_local_grad(parameter).reshape(-1))
+
+    def _own(self, parameter: Any, shard: Tensor) -> Tensor:
+        """A rank's part without what fills up the last ranks' parts to the size of the others."""
+        own = min(max(parameter.ds_numel - self._world.rank * shard.numel(), 0), shard.numel())
+        return shard[:own]
+
+    def has_finite_gradient(self) -> bool:
+        """Whether this rank's part of the gradient that the last backward completed holds nothing but numbers."""
+        return all(bool(shard.isfinite().all()) for _, shard in self._local_gradients())
+
+    def broken_weights(self) -> list[str]:
+        """Names of the parameters of which this rank's part holds something that is no finite number."""
+        parameters = self.causal_lm.named_parameters()
+        return [name for name, p in parameters if not self._own(p, p.ds_tensor.reshape(-1)).isfinite().all()]
 
     def clear_gradients(self) -> None:
         """Forget the backwards since the last step: the next one starts a gradient anew."""
