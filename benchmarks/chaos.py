@@ -3,9 +3,10 @@
     python benchmarks/chaos.py --kills 20           one run; adds to results/chaos.json
     python benchmarks/chaos.py --kills 20 --folder DIR      keeps the undisturbed run there for the next time
 
-What is killed (a rank, sft-launch itself), by which signal and in which phase is drawn from --seed, which is printed. The
-run has dropout, accumulation, an evaluation every other step and a checkpoint every step. It ends with an error where the
-run does, or where one bit of parameters, moments or losses differs from the undisturbed run; that is written down, too.
+What is killed (a rank, sft-launch itself), by which signal and in which phase is drawn from --seed, which is printed.
+The run has dropout, accumulation, an evaluation every other step and a checkpoint every step. It ends with an error
+where the run does, or where one bit of parameters, moments or losses differs from the undisturbed run; that is written
+down, too.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def one_run(place: Place, num_steps: int, options: argparse.Namespace, seed: int
         "steps": num_steps,
         "time": times.as_dict(),
         "recoveries_s": recoveries_s(kills, entries),
-        "blows": [[kill.phase, kill.signal, kill.target, kill.step] for kill in kills],
+        "blows": [f"{kill.phase}, {kill.signal}, {kill.target}, after step {kill.step}" for kill in kills],
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
@@ -106,7 +107,7 @@ def totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
     def counted(names: Iterable[str]) -> dict[str, int]:
         return dict(sorted(Counter(names).items()))
 
-    blows = [blow for run in runs for blow in run["blows"]]
+    blows = [blow.split(", ") for run in runs for blow in run["blows"]]
     recoveries = sorted(seconds for run in runs for seconds in run["recoveries_s"])
     return {
         "kills": len(blows),

@@ -148,8 +148,7 @@ class Chaos:
         """Kill until the launcher itself was hit, whose signal is returned, or until enough was killed."""
         ranks: dict[int, int] = {}
         while len(self.kills) < num_kills:
-            before = ranks
-            ranks = self._wait(lambda: _ranks(launcher.pid, unlike=before), launcher, "two ranks to start")
+            ranks = self._two_ranks(launcher, unlike=ranks)
             num_checkpoints = self._sight.num_checkpoints
             if not self._reach_the_instant(launcher):
                 return None  # the run was over first
@@ -202,11 +201,12 @@ class Chaos:
         print(f"kill {len(self.kills):>3}: {name} to {target} in {kill.phase} after step {kill.step}", flush=True)
         return kill
 
-    def _wait(self, condition: Callable[[], Any], launcher: subprocess.Popen[bytes], what: str) -> Any:
+    def _two_ranks(self, launcher: subprocess.Popen[bytes], *, unlike: dict[int, int]) -> dict[int, int]:
+        """Rank -> process id of the next start."""
         deadline = time.monotonic() + self._timeout_s
-        while not (found := condition()):
-            assert launcher.poll() is None, f"waiting for {what}, sft-launch ended:\n{self.log_tail()}"
-            assert time.monotonic() < deadline, f"waited in vain for {what}:\n{self.log_tail()}"
+        while not (found := _ranks(launcher.pid, unlike=unlike)):
+            assert launcher.poll() is None, f"sft-launch ended instead of starting ranks:\n{self.log_tail()}"
+            assert time.monotonic() < deadline, f"two ranks did not start:\n{self.log_tail()}"
             time.sleep(_POLL_S)
         return found
 
