@@ -131,14 +131,19 @@ def totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--steps", type=int, help="of the run (default: 4 a kill and 4 more, so that none is left over)"
+    )
     parser.add_argument("--seed", type=int, help="default: a random one")
     parser.add_argument("--signals", default=",".join(RANK_SIGNALS), help="drawn from, those to ranks")
-    parser.add_argument("--folder", type=Path, help="keep the undisturbed run here and use it again (same --kills)")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the undisturbed run here and use it again (with the same --steps)"
+    )
     parser.add_argument("override", nargs="*", metavar="key=value", help="keys of the run file, for the killed run")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
-    num_steps = 4 * options.kills + 4
+    num_steps = options.steps or 4 * options.kills + 4
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         place = undisturbed(options.folder or Path(temporary), num_steps)
         run = one_run(place, num_steps, options, seed)

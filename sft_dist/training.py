@@ -10,7 +10,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ConfigError, ExitCode, UserError, say
+from sft_dist.errors import ConfigError, ExitCode, Interrupted, UserError, say
 from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
 
 
@@ -34,7 +34,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
         told = for_people(error)
         if lock is not None:
             reason = f"{type(told).__name__}: {told}"
-            code = told.exit_code if isinstance(told, UserError) else ExitCode.BUG
+            code = told.exit_code if isinstance(told, (UserError, Interrupted)) else ExitCode.BUG
             code = 130 if isinstance(told, KeyboardInterrupt) else code
             rundir.write_outcome(run_dir, exit_code=code, reason=reason, step=None, checkpoint=_newest(run_dir))
         if told is error:
