@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(number, _interrupt)
     try:
         code = _dispatch(options)
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
         say(f"{prefix}{type(error).__name__}: {error}")

@@ -28,6 +28,7 @@ from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.feeding import Feed, micro_batches
+from sft_dist.train.goodput import Timeline
 from sft_dist.train.gradient import accumulate_gradient
 from sft_dist.train.guard import Gradient, Guard
 from sft_dist.train.interrupt import StopRequest
@@ -83,6 +84,7 @@ class Run:
         self._meter = _meter(config, engine, plan, metrics)
         self._guard = Guard(config, world, engine, selection, plan, metrics, self._meter.clock)
         self._run_dir = Path(config.run_dir)
+        self._timeline = Timeline(self._run_dir, is_main=world.is_main)
         self._probe = probe.choose(selection.dataset, config.data.max_length)
         self._saved_step: int | None = state.step if state.step else None
 
@@ -90,6 +92,7 @@ class Run:
         """Take all steps that are left. Raises TrainingError when the numbers break."""
         difference = probe.check(self.engine, self._probe)
         self.metrics.say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
+        self._timeline.mark("startup", step=self.state.step)
         if self.state.step == 0:
             self._evaluate(0)
         steps = range(self.state.step, self.plan.num_steps)
@@ -106,6 +109,7 @@ class Run:
             self._meter.clock.begin(step)
             self._record_times()
             self._step(step, feed)
+            self._timeline.mark("step", step=step + 1)
             if self._profile is not None:
                 self._profile.step_ended()
             finished = step + 1
@@ -203,6 +207,7 @@ class Run:
                 self.world,
                 config.batch.packs_per_micro_batch,
             )
+        self._timeline.mark("evaluate", step=step)
         nll, accuracy = details.all.nll, details.all.accuracy
         if not math.isfinite(nll):
             self._guard.heldout(nll, self.heldout.selection, self.heldout.packs, step)
@@ -264,6 +269,7 @@ class Run:
             )
             for step in (step for step in removed if step > saved.step):
                 self.metrics.say(f"removed the checkpoint of step {step:,}, of a continuation that was given up")
+        self._timeline.mark("checkpoint", step=saved.step)
         self.metrics.say(f"checkpoint {saved.folder} in {time.monotonic() - started:.1f} s")
         self._meter.clock.enter("other")
 
