@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shlex
 import shutil
 import socket
@@ -154,11 +153,14 @@ def convert(folder: Path) -> dict[str, float]:
     command += ["--input_folder", str(folder / SHARDS), "--output_folder", str(folder / UNIVERSAL)]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
-    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit("ds_to_universal failed")
     return {
         "convert_s": time.perf_counter() - started,
         "disk_mib": _mib(folder / UNIVERSAL),
-        "largest_process_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        "largest_process_mib": usage.ru_maxrss / 1024,
     }
 
 

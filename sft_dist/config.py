@@ -277,7 +277,7 @@ _CHANGEABLE = (
     *("data.train", "data.heldout", "data.chat_template", "data.cache_dir", "data.num_processes"),
     *("data.on_bad_record", "data.max_refused"),
     *("batch.packs_per_micro_batch", "batch.reduce_once", "deepspeed"),
-    *("checkpoint.", "evaluate.", "logging.", "numbers."),
+    *("checkpoint.", "evaluate.", "logging.", "numbers.", "watchdog."),
 )
 
 

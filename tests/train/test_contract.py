@@ -109,8 +109,9 @@ def test_another_value_of_a_fixed_key_is_named(original: Place, change: dict[str
 
 def refuses(place: Place, now: dict[str, Any], key: str, *named: str) -> None:
     """The one difference has this key and these words; allowing the key, and no other one, lets it pass."""
+    others = [other for other, _, _ in explain() if other != key]
     with pytest.raises(ConfigError) as refusal:
-        contract.check(place.written(), now, world_size=2, allow_changed=("logging.details_every",))
+        contract.check(place.written(), now, world_size=2, allow_changed=others)
     told = str(refusal.value)
     assert all(words in told for words in named), told
     assert {found for found, _ in contract.differences(place.before, now)} == {key}, told
@@ -122,6 +123,16 @@ def test_an_edited_file_is_named(place: Place) -> None:  # 59
     now = place.facts(place.config())
     refuses(place, now, "data.train", "data.train[1] (", "more.jsonl): content, sha256")
     assert len(contract.differences(place.before, now)) == 1
+
+
+def test_an_edit_that_changes_no_length_is_named(place: Place) -> None:  # 59
+    def facts(digit: int) -> dict[str, Any]:
+        write_jsonl(place.folder / "more.jsonl", [{"prompt": f"Q{digit}", "completion": f"Z{digit}"}])
+        return place.facts(place.config())
+
+    before, now = facts(7), facts(8)
+    assert before["first_step"] == now["first_step"], "the same lengths in the same order"
+    refuses(Place(place.folder, before), now, "data.train", "more.jsonl): content, sha256")
 
 
 def test_files_in_another_order_are_another_order_of_samples(place: Place) -> None:  # 59, 60
