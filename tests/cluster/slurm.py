@@ -20,13 +20,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.processes import descendants, die_with_parent
+from launcher.processes import die_with_parent
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "unshare")
 NODES = ("node1", "node2")
 CPUS_PER_NODE = 8  # declared, not counted: several small jobs run at once
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 TIMEOUT_S = 120.0
+NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 KILL_WAIT_S = 10
 GRACE_S = 30
 # Debian keeps the daemons in /usr/sbin; jobs find this Python as `python`.
@@ -60,7 +61,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=12
+SlurmdTimeout=8
 KillWait={kill_wait}
 MinJobAge=3600
 JobRequeue=1
@@ -122,30 +123,21 @@ class Cluster:
             if process.name.isdecimal():
                 try:
                     environment = set((process / "environ").read_text(errors="replace").split("\0"))
-                    # slurmstepd has overwritten its environment, but holds the log of its node.
-                    if mark in environment or self._logs_of(process):  # a zombie has neither
-                        found[int(process.name)] = environment
                 except OSError:
                     continue  # it ended between the two looks
+                if mark in environment:  # that of a zombie reads empty
+                    found[int(process.name)] = environment
         return found
 
-    def _logs_of(self, process: Path) -> set[str]:
-        """The nodes whose log a process holds open."""
-        held = {os.readlink(handle) for handle in (process / "fd").iterdir()}
-        return {node for node in NODES if str(self.folder / f"slurmd-{node}.log") in held}
-
     def start_node(self, name: str) -> None:
-        self.start(name, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
+        # In a namespace of its own every process of the node ends with the daemon, and it with the tests.
+        self.start(name, *NAMESPACE, "slurmd", "-D", "-N", name, "-f", self.env["SLURM_CONF"])
 
     def kill_node(self, name: str) -> None:
         """What a power cut does: the daemon, the steps and the ranks of one node are gone without a word."""
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
-        for pid, environment in self.processes().items():
-            if f"SLURMD_NODENAME={name}" in environment or name in self._logs_of(Path("/proc", str(pid))):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
 
     def start(self, name: str, *argv: str) -> None:
         launcher = os.getpid()
@@ -166,22 +158,19 @@ class Cluster:
     def stop(self) -> None:
         """End every job and every daemon. Raises AssertionError where something outlives that, after killing it."""
         for job in self.run("squeue", "-h", "-o", "%A", check=False).split():
-            self.run("scancel", "--full", "--signal=KILL", job, check=False)
             self.run("scancel", job, check=False)
-        daemons = [daemon.pid for daemon in self.daemons.values()]
-        # slurmctld has a child that runs its scripts and leaves with it.
-        own = {*daemons, *(child for daemon in daemons for child in descendants(daemon, depth=1))}
-        deadline = time.monotonic() + KILL_WAIT_S + 5
-        while (left := self.processes().keys() - own) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for name in reversed(self.daemons):  # munged, which the others need to say good-bye, goes last
-            self.daemons[name].terminate()
+        for name in [name for name in self.daemons if name in NODES]:
+            self.kill_node(name)
+        for daemon in reversed(self.daemons.values()):  # munged goes last: the others need it to say good-bye
+            daemon.terminate()
             try:
-                self.daemons[name].wait(timeout=10)
+                daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
-                self.daemons[name].kill()
-                self.daemons[name].wait()
-        left |= self.processes().keys() - own
+                daemon.kill()
+                daemon.wait()
+        deadline = time.monotonic() + 5
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)  # slurmctld has a child that leaves after it
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -197,7 +186,9 @@ def missing_programs() -> str | None:
     missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
     if missing:
         return f"no {', '.join(missing)} here: apt-get install slurm-wlm munge"
-    return None if os.geteuid() == 0 else "Slurm's daemons are started as root"
+    if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0:
+        return "a Slurm node needs root and a process namespace here (unshare --pid)"
+    return None
 
 
 @contextmanager
