@@ -134,7 +134,7 @@ def lines(status: Status) -> Iterator[str]:
     yield f"goodput     {_shown(s.goodput, '.1%')} of {_duration(s.wall_s)}"
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(verbs: argparse._SubParsersAction[Any]) -> None:
     """The command `sft-launch status`."""
     parser = verbs.add_parser(
         "status",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.commands import Command, shown
 from launcher.job import EXIT_CLUSTER, EXIT_USAGE, Job, LaunchError
@@ -121,7 +122,7 @@ def find_script() -> Path:
     raise LaunchError(f"{checkout}: no such file, and no installed sft-dist has it", exit_code=EXIT_CLUSTER)
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(verbs: argparse._SubParsersAction[Any]) -> None:
     """The command `sft-launch submit`."""
     parser = verbs.add_parser(
         "submit",
