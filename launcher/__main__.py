@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from launcher import status, submit
 from launcher.commands import commands, shown
 from launcher.host import count_cpus, count_gpus, first_ephemeral_port, free_port, master_ports, require_port
 from launcher.job import EXIT_REQUEUE, EXIT_USAGE, Job, LaunchError, Via
@@ -44,12 +45,19 @@ def _main(argv: list[str]) -> int:
     arguments, verb_args = _split_at_dashes(argv)
     parser = _Parser(prog="sft-launch", description="Start the ranks of an sft-dist run.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run_parser = _add_run_parser(verbs)
+    _add_run_parser(verbs)
+    submit.add_parser(verbs)
+    status.add_parser(verbs)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value before the options; those after them come back as unknown.
-    unknown = [word for word in rest if word.startswith("-")]
+    unknown = [word for word in rest if word.startswith("-") or "overrides" not in options]
     if unknown:
-        run_parser.error(f"unknown argument {unknown[0]}; arguments of the verb itself go after --")
+        verbs.choices[options.command].error(f"unknown argument {unknown[0]}; arguments of the verb itself go after --")
+    match options.command:
+        case "submit":
+            return submit.run(options, (*options.overrides, *rest))
+        case "status":
+            return status.run(options)
     return _run(options, overrides=(*options.overrides, *rest), verb_args=tuple(verb_args))
 
 
@@ -60,7 +68,7 @@ def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:i], argv[i + 1 :]
 
 
-def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> None:
     parser = verbs.add_parser(
         "run",
         help="run a verb of sft-dist on the GPUs of this machine",
@@ -105,7 +113,6 @@ def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
         help="restart, too, when the ranks stopped on request with a checkpoint (75) and sft-launch was not signalled",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command lines and start nothing")
-    return parser
 
 
 def _run(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: tuple[str, ...]) -> int:

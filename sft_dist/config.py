@@ -198,6 +198,8 @@ class CheckpointConfig(Section):
     """auto: newest valid checkpoint if any; must: fail without one; never: start anew; or a checkpoint folder."""
     stop_at_step: Annotated[int, Field(ge=1)] | None = None
     """Checkpoint and leave with code 75 after this step; the schedule is not changed by it."""
+    stop_before_end_s: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds before a Slurm job's time limit, beside twice the longest step, at which to save and leave with 75."""
     allow_changed: tuple[str, ...] = ()
     """Fixed keys (config --explain) that may differ from the resumed checkpoint's run file all the same."""
 

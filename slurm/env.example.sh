@@ -18,3 +18,13 @@ export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions-$USER
 # export GLOO_SOCKET_IFNAME=ib0
 # export NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=INFO
+
+# A container instead of an environment on disk: an image, and folders of the host that it is to see.
+# export SFT_CONTAINER=apptainer:/shared/images/sft-dist.sif
+# export SFT_CONTAINER=pyxis:registry.example.org#sft-dist:1
+# export SFT_CONTAINER_MOUNTS=/shared,/scratch
+
+# When to give up: restarts in all, and starts in a row that bring no new checkpoint. Exit codes to try again beside 75.
+# export SFT_MAX_RESTARTS=20
+# export SFT_MAX_FRUITLESS=3
+# export SFT_REQUEUE_CODES="1 70"

@@ -1,6 +1,7 @@
 """The training loop: the parts of a run over time, in the order they happen."""
 
 import math
+import os
 import resource
 import sys
 import time
@@ -25,6 +26,7 @@ from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
 from sft_dist.train import checkpoint, objective, out_of_memory
 from sft_dist.train.checkpoint import TrainState
+from sft_dist.train.deadline import job_end_s
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.feeding import Feed, micro_batches
@@ -78,7 +80,7 @@ class Run:
         self.heldout = heldout
         self.state = state
         self.metrics = metrics
-        self.stop = StopRequest()
+        self.stop = StopRequest(end_s=job_end_s(os.environ), margin_s=config.checkpoint.stop_before_end_s)
         self._facts = facts
         self._profile = profile
         self._meter = _meter(config, engine, plan, metrics)
@@ -183,6 +185,7 @@ class Run:
         self.metrics.record(
             "train",
             step + 1,
+            num_steps=plan.num_steps,
             loss=loss,
             nll=nll,
             grad_norm=grad_norm,
