@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     TRAINING = 70
     STORAGE = 74
     STOPPED = 75
+    NO_PROGRESS = 76  # restarts that brought no new checkpoint; sft-launch ends with it
     CONFIG = 78
 
 
