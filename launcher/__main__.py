@@ -56,12 +56,12 @@ def _main(argv: list[str]) -> int:
     arguments, verb_args = _split_at_dashes(argv)
     parser = _Parser(prog="sft-launch", description="Start the ranks of an sft-dist run.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run_parser = _add_run_parser(verbs)
+    parsers = {"run": _add_run_parser(verbs), "check": _add_check_parser(verbs)}
     options, rest = parser.parse_known_args(arguments)
     # argparse takes key=value before the options; those after them come back as unknown.
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
-        run_parser.error(f"unknown argument {unknown[0]}; arguments of the verb itself go after --")
+        parsers[options.command].error(f"unknown argument {unknown[0]}; arguments of the verb itself go after --")
     return _run(options, overrides=(*options.overrides, *rest), verb_args=tuple(verb_args))
 
 
@@ -83,9 +83,27 @@ def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
         "ended well, 75 when they stopped on request with a checkpoint; start the same command to go on.",
         allow_abbrev=False,
     )
+    parser.add_argument("--verb", default="train", help="what to run: train, score, ... (train)")
+    _add_run_options(parser)
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=EXPLAINED)
+    parser.add_argument(
+        "--restart-pause-s",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds before a restart, doubled after each that brought no new checkpoint, up to 60 (1)",
+    )
+    parser.add_argument(
+        "--restart-stopped",
+        action="store_true",
+        help="restart, too, when the ranks stopped on request with a checkpoint (75) and sft-launch was not signalled",
+    )
+    return parser
+
+
+def _add_run_options(parser: _Parser) -> None:
     parser.add_argument("run_file", metavar="RUN_YAML", help="the run file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the run file to change")
-    parser.add_argument("--verb", default="train", help="what to run: train, score, ... (train)")
     parser.add_argument("--via", choices=get_args(Via), default="local", help="who starts the ranks (local)")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks on each node (one a visible GPU; 1 without GPUs)")
     parser.add_argument(
@@ -111,20 +129,21 @@ def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
         metavar="S",
         help="seconds from the end of the first rank until the others are killed (30)",
     )
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=EXPLAINED)
-    parser.add_argument(
-        "--restart-pause-s",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="seconds before a restart, doubled after each that brought no new checkpoint, up to 60 (1)",
-    )
-    parser.add_argument(
-        "--restart-stopped",
-        action="store_true",
-        help="restart, too, when the ranks stopped on request with a checkpoint (75) and sft-launch was not signalled",
-    )
     parser.add_argument("--dry-run", action="store_true", help="print the command lines and start nothing")
+
+
+def _add_check_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
+    parser = verbs.add_parser(
+        "check",
+        help="look whether every host is ready for a run, and say all that is wrong at once",
+        usage="sft-launch check RUN_YAML [key=value ...] [options of run]",
+        description="Start `sft-dist check` as `sft-launch run` would start the run: GPUs, drivers, versions, code, "
+        "paths, disk, clocks and stale locks of every host, and an all-reduce between them. Exit code 69 when "
+        "something is wrong.",
+        allow_abbrev=False,
+    )
+    _add_run_options(parser)
+    parser.set_defaults(verb="check", restarts=0, restart_pause_s=1.0, restart_stopped=False)
     return parser
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from launcher.job import EXIT_CLUSTER
+from launcher.job import EXIT_CLUSTER, EXIT_REQUEUE
 from launcher.parcel import Contact, decode
 from launcher.processes import adopt_orphans, all_processes, die_with_parent, send_signal
 
@@ -112,10 +112,16 @@ def _keep(child: subprocess.Popen[bytes], launcher: socket.socket, woken: socket
             *lines, received = (received + chunk).split(b"\n")
             for line in lines:
                 if line == b"leave":
-                    code = child.poll()
-                    return EXIT_CLUSTER if code is None else code if code >= 0 else 128 - code
+                    return _last_code(child.poll())
                 if child.poll() is None:
                     send_signal([child.pid], int(line))
+
+
+def _last_code(returncode: int | None) -> int:
+    """What the launcher in between is shown: sft-launch knows the rank's code, and 75 is no failure to report."""
+    if returncode is None:
+        return EXIT_CLUSTER
+    return 0 if returncode in (0, EXIT_REQUEUE) else returncode if returncode > 0 else 128 - returncode
 
 
 def _tell(launcher: socket.socket, line: str) -> bool:

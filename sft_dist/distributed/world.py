@@ -8,6 +8,7 @@ several processes but gave us no rank, and launchers that contradict each other,
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,6 +102,23 @@ def start(world: World, *, on_gpu: bool, timeout_s: float = 1_800.0) -> None:
             f"rank {world.rank} of {world.size}, on {socket.gethostname()}, cannot join the others at {where} through "
             f"interface {os.environ.get('GLOO_SOCKET_IFNAME', '(unknown)')} (GLOO_SOCKET_IFNAME): {error}"
         ) from error
+
+
+def time_all_reduce(num_bytes: int, *, on_gpu: bool) -> float:
+    """Seconds of an all-reduce of float32 over all ranks, the best of three after one to warm up. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.zeros(num_bytes // 4, device="cuda" if on_gpu else "cpu")
+    times = []
+    for _ in range(4):
+        dist.barrier()
+        begun = time.monotonic()
+        dist.all_reduce(tensor)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - begun)
+    return min(times[1:])
 
 
 def _export(world: World) -> None:
