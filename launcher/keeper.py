@@ -18,9 +18,10 @@ from contextlib import suppress
 
 from launcher.job import EXIT_CLUSTER, EXIT_REQUEUE
 from launcher.parcel import Contact, decode
-from launcher.processes import adopt_orphans, all_processes, die_with_parent, send_signal
+from launcher.processes import adopt_orphans, die_with_parent, kill_descendants, send_signal
 
 CONNECT_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 10.0
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # A peer that does not answer for this long is lost. By the kernel, so that a stopped process (Ctrl-Z) is not.
@@ -47,7 +48,7 @@ def main() -> int:
     try:
         code = _keep(child, launcher, woken)
     finally:
-        _kill_descendants()
+        kill_descendants(timeout_s=KILL_TIMEOUT_S)
     return code
 
 
@@ -94,7 +95,7 @@ def _keep(child: subprocess.Popen[bytes], launcher: socket.socket, woken: socket
     told = False
     while True:
         if child.poll() is not None and not told:
-            _kill_descendants()  # helpers that it left behind
+            kill_descendants(timeout_s=KILL_TIMEOUT_S)  # helpers that it left behind
             told = _tell(launcher, f"ended {child.returncode}\n")
         readable, _, _ = select.select([launcher, woken], [], [])
         if woken in readable:
@@ -128,23 +129,6 @@ def _tell(launcher: socket.socket, line: str) -> bool:
     with suppress(OSError):  # seen when reading
         launcher.sendall(line.encode())
     return True
-
-
-def _kill_descendants() -> None:
-    """SIGKILL what the rank has started and not ended. Orphans among them are our children (adopt_orphans)."""
-    while True:
-        table = [process for process in all_processes() if process.state not in "ZX"]
-        family = {os.getpid()}
-        while grown := {process.pid for process in table if process.parent in family} - family:
-            family |= grown
-        family.discard(os.getpid())
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        if not family:
-            return
-        send_signal(family, signal.SIGKILL)
-        select.select([], [], [], 0.01)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from launcher.job import EXIT_CLUSTER, EXIT_REQUEUE, EXIT_STUCK, LaunchError
 from launcher.lifeline import Lifeline, Report
 from launcher.processes import (
     adopt_orphans,
+    descendants,
     die_with_parent,
+    kill_descendants,
     kill_sessions,
     living_members,
     send_signal,
@@ -103,6 +105,7 @@ def supervise(
     ranks are not the commands but what they start, here or on other hosts. It is closed in the end.
     """
     adopt_orphans()
+    strangers = descendants(os.getpid())  # of whoever called us
     guard = Guard()
     launch = _Launch(lifeline)
     try:
@@ -120,6 +123,8 @@ def supervise(
         immortal = kill_sessions(launch.sessions, timeout_s=KILL_TIMEOUT_S)
         launch.reap()
         guard.close()
+        # mpiexec starts its ssh in sessions of their own, which wait for a lost host for ever.
+        kill_descendants(spare=strangers, timeout_s=KILL_TIMEOUT_S)
         if lifeline is not None:
             lifeline.close()
     return replace(ending, was_asked=launch.was_asked, immortal=tuple(process.pid for process in immortal))

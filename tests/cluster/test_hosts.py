@@ -118,11 +118,8 @@ def test_no_rank_on_another_host_outlives_a_launcher_killed_with_9(
     assert_nothing_left(hosts, within_s=15)
 
 
-@pytest.mark.parametrize("via", ["deepspeed", "mpirun"])
-def test_a_rank_killed_on_another_host_is_named_and_ends_the_run(
-    hosts: list[Host], stub: Path, hostfile: Path, via: str
-) -> None:
-    job = start_stubs(hosts, stub, hostfile, via, "all=wait", "helper=1")
+def test_a_rank_killed_on_another_host_is_named_and_ends_the_run(hosts: list[Host], stub: Path, hostfile: Path) -> None:
+    job = start_stubs(hosts, stub, hostfile, "mpirun", "all=wait", "helper=1")
     os.kill(json.loads((stub / "run folder" / "rank-1.json").read_text())["pids"][0], signal.SIGKILL)
     code, output = ended(job)
     assert code == 137, output

@@ -167,7 +167,7 @@ def test_a_hostfile_is_read_in_its_order(tmp_path: Path) -> None:
     hosts = read_hostfile(path)
     assert hosts == (Host("n2", 4), Host("n1.example.org", 8), Host("10.0.0.1", 1))
     assert chosen_hosts(hosts, num_nodes=2, num_processes=3) == (Host("n2", 3), Host("n1.example.org", 3))
-    with pytest.raises(LaunchError, match=r"--nproc 5.*n2 slots=4; |--nproc 5.*n2 slots=4"):
+    with pytest.raises(LaunchError, match=r"--nproc 5.*: n2 slots=4, 10\.0\.0\.1 slots=1"):
         chosen_hosts(hosts, num_nodes=None, num_processes=5)
     with pytest.raises(LaunchError, match="the hostfile has 3 hosts"):
         chosen_hosts(hosts, num_nodes=4, num_processes=None)
