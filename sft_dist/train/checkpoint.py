@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sft_dist import faults
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, StorageError
+from sft_dist.train.numbers import History
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -42,6 +43,12 @@ class TrainState:
     heldout_nll_best: float | None = None
     heldout_best_step: int | None = None
     heldout_nll_last: float | None = None
+    history: History = field(default_factory=History)  # losses, steps left out and rollbacks
+
+    def __post_init__(self) -> None:
+        history: Any = self.history
+        if isinstance(history, dict):  # as a manifest has it
+            object.__setattr__(self, "history", History.read(history))
 
 
 @dataclass(frozen=True, slots=True)
