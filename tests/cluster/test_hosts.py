@@ -178,6 +178,15 @@ def test_both_hosts_prepare_the_bytes_that_one_process_does(hosts: list[Host], p
     assert_nothing_left(hosts)
 
 
+def test_the_preflight_has_a_line_for_each_host(hosts: list[Host], place: Place, hostfile: Path) -> None:
+    words = ["check", str(place.run_file), f"run_dir={place.folder / 'checked'}", "--via", "mpirun"]
+    code, output = ended(launch(hosts[0], [*words, "--hostfile", str(hostfile)], cwd=ROOT))
+    assert code == 0, output
+    assert all(any(line.startswith(host.name) for line in output.splitlines()) for host in hosts), output
+    assert f"2 ranks meet at {hosts[0].address}:" in output and "interface eth0" in output and "GB/s" in output
+    assert_nothing_left(hosts)
+
+
 def test_mpiexec_by_hand_meets_at_an_address_that_both_hosts_reach(
     hosts: list[Host], place: Place, losses: list[float]
 ) -> None:
