@@ -52,6 +52,7 @@ setup(
         "jinja2",
         "mpi4py>=4",
         "numpy",
+        "psutil",
         "pyarrow",
         "pydantic>=2",
         "PyYAML",

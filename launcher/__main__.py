@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from launcher import status, submit
-from launcher.commands import commands, shown
-from launcher.host import count_cpus, count_gpus, first_ephemeral_port, free_port, master_ports, require_port
+from launcher.commands import Facts, commands, shown
+from launcher.host import (
+    count_cpus,
+    count_gpus,
+    first_ephemeral_port,
+    free_port,
+    is_own,
+    master_ports,
+    own_addresses,
+    require_port,
+)
+from launcher.hosts import chosen_hosts, read_hostfile
 from launcher.job import EXIT_REQUEUE, EXIT_USAGE, Job, LaunchError, Via
+from launcher.lifeline import Lifeline
+from launcher.mpi import find_mpiexec
 from launcher.report import Verdict, judge
 from launcher.restarts import EXPLAINED, Restarts, checkpoints, keep_running
 from launcher.rundir import ask_run_dir, outcome_mark, read_outcome
@@ -46,6 +58,7 @@ def _main(argv: list[str]) -> int:
     parser = _Parser(prog="sft-launch", description="Start the ranks of an sft-dist run.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run_parser(verbs)
+    _add_check_parser(verbs)
     submit.add_parser(verbs)
     status.add_parser(verbs)
     options, rest = parser.parse_known_args(arguments)
@@ -71,19 +84,44 @@ def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
 def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> None:
     parser = verbs.add_parser(
         "run",
-        help="run a verb of sft-dist on the GPUs of this machine",
+        help="run a verb of sft-dist on the GPUs of this machine or of several",
         usage="sft-launch run RUN_YAML [key=value ...] [options] [-- ARGUMENTS OF THE VERB]",
-        description="Run a verb of sft-dist on the GPUs of this machine and watch over its ranks: signals "
-        "reach all of them, one that fails ends the others, nothing is left behind.",
+        description="Run a verb of sft-dist on the GPUs of this machine, or of several, and watch over its ranks: "
+        "signals reach all of them, one that fails ends the others, nothing is left behind.",
         epilog="Exit code: that of the first rank to fail (128 + signal when it was killed), 0 when all "
         "ended well, 75 when they stopped on request with a checkpoint; start the same command to go on.",
         allow_abbrev=False,
     )
+    parser.add_argument("--verb", default="train", help="what to run: train, score, ... (train)")
+    _add_run_options(parser)
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=EXPLAINED)
+    parser.add_argument(
+        "--restart-pause-s",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds before a restart, doubled after each that brought no new checkpoint, up to 60 (1)",
+    )
+    parser.add_argument(
+        "--restart-stopped",
+        action="store_true",
+        help="restart, too, when the ranks stopped on request with a checkpoint (75) and sft-launch was not signalled",
+    )
+
+
+def _add_run_options(parser: _Parser) -> None:
     parser.add_argument("run_file", metavar="RUN_YAML", help="the run file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the run file to change")
-    parser.add_argument("--verb", default="train", help="what to run: train, score, ... (train)")
     parser.add_argument("--via", choices=get_args(Via), default="local", help="who starts the ranks (local)")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks (one a visible GPU; 1 without GPUs)")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks on each node (one a visible GPU; 1 without GPUs)")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes: the first N of a hostfile (all), or of Slurm's (1)"
+    )
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts to run on, a line `HOST slots=N` each")
+    parser.add_argument(
+        "--node-rank", type=int, default=0, metavar="R", help="which of --nodes this is, with torchrun (0)"
+    )
+    parser.add_argument("--master-addr", metavar="ADDR", help="address of rank 0 (of the first host)")
     parser.add_argument("--master-port", type=int, metavar="PORT", help="port of rank 0 (a free one)")
     parser.add_argument(
         "--log-dir",
@@ -99,46 +137,72 @@ def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> None:
         metavar="S",
         help="seconds from the end of the first rank until the others are killed (30)",
     )
-    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=EXPLAINED)
-    parser.add_argument(
-        "--restart-pause-s",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="seconds before a restart, doubled after each that brought no new checkpoint, up to 60 (1)",
-    )
-    parser.add_argument(
-        "--restart-stopped",
-        action="store_true",
-        help="restart, too, when the ranks stopped on request with a checkpoint (75) and sft-launch was not signalled",
-    )
     parser.add_argument("--dry-run", action="store_true", help="print the command lines and start nothing")
+
+
+def _add_check_parser(verbs: argparse._SubParsersAction[_Parser]) -> None:
+    parser = verbs.add_parser(
+        "check",
+        help="look whether every host is ready for a run, and say all that is wrong at once",
+        usage="sft-launch check RUN_YAML [key=value ...] [options of run]",
+        description="Start `sft-dist check` as `sft-launch run` would start the run: GPUs, drivers, versions, code, "
+        "paths, disk, clocks and stale locks of every host, and an all-reduce between them. Exit code 69 when "
+        "something is wrong.",
+        allow_abbrev=False,
+    )
+    _add_run_options(parser)
+    parser.set_defaults(verb="check", restarts=0, restart_pause_s=1.0, restart_stopped=False)
 
 
 def _run(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: tuple[str, ...]) -> int:
     if not 0 <= options.grace_s < float("inf"):
         raise LaunchError(f"--grace-s must be 0 or more, not {options.grace_s:g}", exit_code=EXIT_USAGE)
     restarts = _restarts(options)
-    nproc = max(1, count_gpus(os.environ)) if options.nproc is None else options.nproc
-    port = options.master_port
-    if port is None:
-        port = free_port(master_ports(first_ephemeral_port()), seed=os.getpid())
-    job = Job(
+    job = _job(options, overrides=overrides, verb_args=verb_args)
+    if job.via in ("local", "deepspeed", "torchrun") and is_own(job.rank_0):
+        require_port(job.master_port)
+    facts = Facts(
+        python=sys.executable,
+        num_cpus=count_cpus(),
+        environ=os.environ,
+        mpiexec=find_mpiexec(sys.executable) if job.via == "mpirun" else None,
+        own_address=own_addresses(host.name for host in job.hosts)[0],
+    )
+    if options.dry_run:
+        print("\n".join(f"# {command.name}\n{shown(command)}" for command in commands(job, facts)))
+        return 0
+    fixed_port = options.master_port is not None
+    return _supervised(job, facts, restarts, fixed_port=fixed_port, log_dir=options.log_dir, grace_s=options.grace_s)
+
+
+def _job(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: tuple[str, ...]) -> Job:
+    hosts = read_hostfile(options.hostfile) if options.hostfile is not None else ()
+    hosts = chosen_hosts(hosts, num_nodes=options.nodes, num_processes=options.nproc)
+    num_processes = options.nproc
+    if num_processes is None:
+        num_processes = max((host.slots for host in hosts), default=0) or max(1, count_gpus(os.environ))
+    return Job(
         run_file=options.run_file,
         verb=options.verb,
         overrides=overrides,
         verb_args=verb_args,
         via=options.via,
-        num_processes=nproc,
-        master_port=port,
+        num_processes=num_processes,
+        num_nodes=len(hosts) or (1 if options.nodes is None else options.nodes),
+        hostfile=str(options.hostfile or ""),
+        hosts=hosts,
+        node_rank=options.node_rank,
+        master_addr=options.master_addr,
+        master_port=_free_port() if options.master_port is None else options.master_port,
     )
-    require_port(port)
-    to_start = commands(job, python=sys.executable, num_cpus=count_cpus(), environ=os.environ)
-    if options.dry_run:
-        print("\n".join(f"# {command.name}\n{shown(command)}" for command in to_start))
-        return 0
-    fixed_port = options.master_port is not None
-    return _supervised(job, restarts, fixed_port=fixed_port, log_dir=options.log_dir, grace_s=options.grace_s)
+
+
+def _free_port(number: int = 0) -> int:
+    """A port that is free here, for the start of that number."""
+    # A Slurm job has its own, on whichever of its nodes rank 0 is. Other starts are told apart by the process id.
+    job_id = os.environ.get("SLURM_JOB_ID", "")
+    seed = int(job_id) if job_id.isdecimal() else os.getpid()
+    return free_port(master_ports(first_ephemeral_port()), seed=seed + number * PORT_STRIDE)
 
 
 def _restarts(options: argparse.Namespace) -> Restarts:
@@ -149,25 +213,29 @@ def _restarts(options: argparse.Namespace) -> Restarts:
     return Restarts(budget=options.restarts, pause_s=options.restart_pause_s, after_stop=options.restart_stopped)
 
 
-def _supervised(job: Job, restarts: Restarts, *, fixed_port: bool, log_dir: Path | None, grace_s: float) -> int:
+def _supervised(
+    job: Job, facts: Facts, restarts: Restarts, *, fixed_port: bool, log_dir: Path | None, grace_s: float
+) -> int:
     run_dir = ask_run_dir(job, python=sys.executable)
     log_dir_used = log_dir or Path(tempfile.mkdtemp(prefix="sft-launch-"))
     with signals_held() as mask:
 
         def start(number: int) -> tuple[Ending, Verdict]:
             told = {"SFT_DIST_RESTART": str(number)} if restarts.budget else {}
-            port = job.master_port
-            if number and not fixed_port:
-                # What is left of the start before may still hold its port.
-                port = free_port(master_ports(first_ephemeral_port()), seed=os.getpid() + number * PORT_STRIDE)
-            again = replace(job, master_port=port)
-            to_start = commands(again, python=sys.executable, num_cpus=count_cpus(), environ=os.environ | told)
+            # What is left of the start before may still hold its port.
+            port = _free_port(number) if number and not fixed_port else job.master_port
+            lifeline = None
+            if job.num_ranks_kept:
+                lifeline = Lifeline(own_addresses(host.name for host in job.hosts), num_ranks=job.num_ranks_kept)
+            contact = lifeline.contact if lifeline is not None else None
+            now = replace(facts, environ={**facts.environ, **told}, contact=contact)
+            to_start = commands(replace(job, master_port=port), now)
             to_start = tuple(replace(command, env={**command.env, **told}) for command in to_start)
             mark = outcome_mark(run_dir)
-            ending = supervise(to_start, log_dir=log_dir_used, grace_s=grace_s, mask=mask)
-            # deepspeed flattens exit codes, so what rank 0 wrote comes first; our own children tell the truth.
-            outcome = read_outcome(run_dir, mark_before=mark) if job.via == "deepspeed" else None
-            return ending, judge(ending, via=job.via, outcome=outcome)
+            ending = supervise(to_start, log_dir=log_dir_used, grace_s=grace_s, mask=mask, lifeline=lifeline)
+            # srun gives the highest code of all tasks, so what rank 0 wrote comes first; the others are exact.
+            outcome = read_outcome(run_dir, mark_before=mark) if job.via == "srun" else None
+            return ending, judge(ending, outcome=outcome)
 
         # Other verbs than train leave no checkpoints to tell progress by.
         published = (lambda: checkpoints(run_dir)) if job.verb == "train" else None

@@ -3,6 +3,7 @@ Pure: a Job and facts of the host in, Commands out; nothing is started here."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,27 +11,52 @@ from pathlib import Path
 
 from launcher.host import visible_devices
 from launcher.job import EXIT_USAGE, Job, LaunchError
+from launcher.mpi import Mpiexec
+from launcher.parcel import Contact, Parcel, encode
+
+# What ranks on other hosts need of this environment where the launcher in between does not hand on all of it.
+_FORWARDED = re.compile(
+    r"(SFT|HF|TRANSFORMERS|TOKENIZERS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NCCL|GLOO|UCX|FI|OMP|MKL|KMP|DS|THP)_\w+"
+    r"|PYTHON\w+|PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|XDG_CACHE_HOME|(HTTPS?|NO|https?|no)_(PROXY|proxy)"
+)
+_KEPT_BACK = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|PYTHONSTARTUP|.*(_|^)(TOKEN|KEY|SECRET|PASSWORD)(_\w*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One process to start. It is a rank itself (depth 0), or its descendants at a depth are the ranks."""
+    """One process to start. It is a rank itself, or it starts ranks that have keepers or are Slurm's."""
 
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str]  # added to the launcher's own environment
-    rank_depth: int = 0
-    num_ranks: int = 1
     to_terminal: bool = False  # else its output goes to a log file
 
 
-def commands(job: Job, *, python: str, num_cpus: int, environ: Mapping[str, str]) -> tuple[Command, ...]:
-    """The processes of `job`, in rank order. `python` is the interpreter of the environment to run in."""
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What command lines depend on beside the Job."""
+
+    python: str  # interpreter of the environment to run in
+    num_cpus: int
+    environ: Mapping[str, str]
+    contact: Contact | None = None  # where keepers report; None: ranks without keepers
+    mpiexec: Mpiexec | None = None
+    own_address: str = "127.0.0.1"  # at which the hosts of the job reach this one
+
+
+def commands(job: Job, facts: Facts) -> tuple[Command, ...]:
+    """The processes of `job`, in rank order."""
     match job.via:
         case "local":
-            return tuple(_local_rank(job, rank, python, num_cpus, environ) for rank in range(job.num_processes))
+            return tuple(_local_rank(job, rank, facts) for rank in range(job.num_processes))
         case "deepspeed":
-            return (_deepspeed(job, python, num_cpus, environ),)
+            return (_deepspeed(job, facts),)
+        case "torchrun":
+            return (_torchrun(job, facts),)
+        case "mpirun":
+            return (_mpirun(job, facts),)
+        case "srun":
+            return (_srun(job, facts),)
 
 
 def shown(command: Command) -> str:
@@ -39,38 +65,110 @@ def shown(command: Command) -> str:
     return " ".join([*assignments, shlex.join(command.argv)])
 
 
-def deepspeed_program(python: str) -> tuple[str, ...]:
-    """The `deepspeed` script of the same environment as `python`, or the module it would run."""
-    script = Path(python).parent / "deepspeed"
-    return (str(script),) if script.is_file() else (python, "-m", "deepspeed.launcher.runner")
+def program_of(python: str, script: str, module: str) -> tuple[str, ...]:
+    """The script of that name in the environment of `python`, or the module it would run."""
+    path = Path(python).parent / script
+    return (str(path),) if path.is_file() else (python, "-m", module)
 
 
-def _local_rank(job: Job, rank: int, python: str, num_cpus: int, environ: Mapping[str, str]) -> Command:
+def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
+    """What other hosts are told of the environment. No secrets: command lines are seen by everyone there. Pure."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if _FORWARDED.fullmatch(name) and not _KEPT_BACK.fullmatch(name)
+    }
+
+
+def _local_rank(job: Job, rank: int, facts: Facts) -> Command:
     env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(job.num_processes),
         "LOCAL_WORLD_SIZE": str(job.num_processes),
-        "MASTER_ADDR": job.master_addr,
+        "MASTER_ADDR": job.rank_0,
         "MASTER_PORT": str(job.master_port),
-        **_shared_env(job, num_cpus, environ),
+        **_shared_env(job, facts),
     }
-    return Command(name=f"rank {rank}", argv=(python, "-m", *job.program), env=env, to_terminal=rank == 0)
+    return Command(name=f"rank {rank}", argv=(facts.python, "-m", *job.program), env=env, to_terminal=rank == 0)
 
 
-def _deepspeed(job: Job, python: str, num_cpus: int, environ: Mapping[str, str]) -> Command:
+def _deepspeed(job: Job, facts: Facts) -> Command:
+    env = _shared_env(job, facts)
+    where: tuple[str, ...]
+    if job.hosts:
+        slots = "@".join(f"{host.name}:{','.join(map(str, range(host.slots)))}" for host in job.hosts)
+        # Without --force_multi a single host is taken for this one. deepspeed's check of ssh hides what ssh says.
+        where = ("--hostfile", job.hostfile, "--include", slots, "--force_multi", "--no_ssh_check")
+    else:
+        where = _deepspeed_devices(job.num_processes, facts.environ)
     argv = (
-        *deepspeed_program(python),
-        *_deepspeed_devices(job.num_processes, environ),
-        *("--master_addr", job.master_addr, "--master_port", str(job.master_port)),
+        *program_of(facts.python, "deepspeed", "deepspeed.launcher.runner"),
+        *where,
+        *("--master_addr", job.rank_0, "--master_port", str(job.master_port)),
         # Without it deepspeed puts --local_rank=N before the verb; the environment says it already.
         "--no_local_rank",
         "--module",
-        *job.program,
+        *_program(job, facts, env),
     )
-    # The runner starts deepspeed.launcher.launch, which starts the ranks.
-    env = _shared_env(job, num_cpus, environ)
-    return Command(name="deepspeed", argv=argv, env=env, rank_depth=2, num_ranks=job.num_processes, to_terminal=True)
+    return Command(name="deepspeed", argv=argv, env=env, to_terminal=True)
+
+
+def _torchrun(job: Job, facts: Facts) -> Command:
+    env = _shared_env(job, facts)
+    argv = (
+        *program_of(facts.python, "torchrun", "torch.distributed.run"),
+        *(f"--nnodes={job.num_nodes}", f"--nproc-per-node={job.num_processes}", f"--node-rank={job.node_rank}"),
+        # Static: with a dynamic rendezvous rank 0 need not be where --master-addr says.
+        *("--rdzv-backend=static", f"--master-addr={job.rank_0}", f"--master-port={job.master_port}"),
+        "--max-restarts=0",
+        "-m",
+        *_program(job, facts, env),
+    )
+    return Command(name="torchrun", argv=argv, env=env, to_terminal=True)
+
+
+def _mpirun(job: Job, facts: Facts) -> Command:
+    if facts.mpiexec is None:
+        raise ValueError("mpirun without an mpiexec")
+    env = _shared_env(job, facts)
+    if job.master_addr is not None:
+        env |= {"MASTER_ADDR": job.master_addr, "MASTER_PORT": str(job.master_port)}
+    hosts = ",".join(f"{host.name}:{host.slots}" for host in job.hosts)
+    how: tuple[str, ...]
+    match facts.mpiexec.family:
+        case "mpich":
+            how = ("-localhost", facts.own_address, "-hosts", hosts) if hosts else ()
+        case "openmpi":
+            # Its own default binds each rank to one core, data workers and all. Names without values: they travel apart
+            # from the command line, whatever is in them.
+            names = sorted(forwarded(facts.environ).keys() | env.keys()) if hosts else []
+            slots = hosts or f"localhost:{job.num_processes}"
+            how = ("--host", slots, "--bind-to", "none", *(word for name in names for word in ("-x", name)))
+    argv = (facts.mpiexec.path, *how, "-n", str(job.num_ranks), facts.python, "-m", *_program(job, facts, env))
+    return Command(name="mpirun", argv=argv, env=env, to_terminal=True)
+
+
+def _srun(job: Job, facts: Facts) -> Command:
+    env = _shared_env(job, facts)
+    if job.master_addr is not None:
+        env |= {"MASTER_ADDR": job.master_addr, "MASTER_PORT": str(job.master_port)}
+    if "SLURM_CPUS_PER_TASK" in facts.environ and "SRUN_CPUS_PER_TASK" not in facts.environ:
+        # Since 22.05 srun takes it no longer from sbatch and salloc.
+        env["SRUN_CPUS_PER_TASK"] = facts.environ["SLURM_CPUS_PER_TASK"]
+    argv = (
+        *("srun", f"--nodes={job.num_nodes}", f"--ntasks-per-node={job.num_processes}", f"--ntasks={job.num_ranks}"),
+        *("--kill-on-bad-exit=1", "--wait=60", facts.python, "-m", *job.program),
+    )
+    return Command(name="srun", argv=argv, env=env, to_terminal=True)
+
+
+def _program(job: Job, facts: Facts, env: Mapping[str, str]) -> tuple[str, ...]:
+    """What the launcher in between is to start: a keeper, or the verb itself where nobody listens to keepers."""
+    if facts.contact is None and not (job.hosts and job.via == "deepspeed"):
+        return job.program
+    carried = {**forwarded(facts.environ), **env} if job.hosts else {}
+    return ("launcher.keeper", encode(Parcel(program=job.program, env=carried, contact=facts.contact)))
 
 
 def _deepspeed_devices(num_processes: int, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -93,9 +191,9 @@ def _deepspeed_devices(num_processes: int, environ: Mapping[str, str]) -> tuple[
     return ("--include", f"localhost:{','.join(devices)}")
 
 
-def _shared_env(job: Job, num_cpus: int, environ: Mapping[str, str]) -> dict[str, str]:
+def _shared_env(job: Job, facts: Facts) -> dict[str, str]:
     env: dict[str, str] = {"SFT_DIST_LAUNCHER": job.via}
-    if "OMP_NUM_THREADS" not in environ:
-        # Every rank would otherwise start a thread for each CPU of the machine.
-        env["OMP_NUM_THREADS"] = str(max(1, num_cpus // job.num_processes))
+    if "OMP_NUM_THREADS" not in facts.environ and job.num_nodes == 1 and not job.hosts and job.via != "srun":
+        # Every rank would otherwise start a thread for each CPU of the machine. Elsewhere ranks count for themselves.
+        env["OMP_NUM_THREADS"] = str(max(1, facts.num_cpus // job.num_processes))
     return env

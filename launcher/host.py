@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from launcher.job import EXIT_CLUSTER, LaunchError
@@ -81,6 +82,38 @@ def port_problem(port: int) -> str | None:
             return None
     except OSError as error:
         return os.strerror(error.errno) if error.errno else str(error)
+
+
+def address_towards(host: str) -> str:
+    """The address of ours from which `host` is reached, and at which it reaches us. Raises LaunchError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except (OSError, UnicodeError) as error:
+        raise LaunchError(
+            f"{host} cannot be reached from here ({error}); name hosts as every one of them can resolve, or by address",
+            exit_code=EXIT_CLUSTER,
+        ) from error
+
+
+def own_addresses(hosts: Iterable[str]) -> tuple[str, ...]:
+    """Addresses at which `hosts` reach this machine; 127.0.0.1 alone when they are none but itself."""
+    found = dict.fromkeys(map(address_towards, hosts))
+    others = tuple(address for address in found if not ipaddress.ip_address(address).is_loopback)
+    return others or ("127.0.0.1",)
+
+
+def is_own(host: str) -> bool:
+    """Whether `host` is this machine: what it resolves to is an address that can be listened on here."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def require_port(port: int) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +52,13 @@ def living_members(sessions: Collection[int]) -> list[Process]:
     return [p for p in all_processes() if p.session in sessions and p.state not in "ZX"]
 
 
-def descendants(pid: int, *, depth: int) -> list[int]:
-    """Living processes `depth` generations below `pid`; depth 0 is `pid` itself."""
+def descendants(pid: int) -> set[int]:
+    """Living processes below `pid`, in any session. Orphans among them have come to it if it adopts (adopt_orphans)."""
     table = [p for p in all_processes() if p.state not in "ZX"]
-    generation = {pid}
-    for _ in range(depth):
-        generation = {p.pid for p in table if p.parent in generation}
-    return sorted(generation)
+    family = {pid}
+    while grown := {p.pid for p in table if p.parent in family} - family:
+        family |= grown
+    return family - {pid}
 
 
 def send_signal(pids: Iterable[int], signum: int) -> None:
@@ -77,6 +78,17 @@ def kill_sessions(sessions: Collection[int], *, timeout_s: float) -> list[Proces
         send_signal([p.pid for p in members], signal.SIGKILL)
         time.sleep(0.01)
     return members
+
+
+def kill_descendants(*, spare: Collection[int] = (), timeout_s: float) -> None:
+    """SIGKILL what this process has started and what that has left to it, but for `spare`, and bury it."""
+    deadline = time.monotonic() + timeout_s
+    while (found := descendants(os.getpid()) - set(spare)) and time.monotonic() < deadline:
+        send_signal(found, signal.SIGKILL)
+        time.sleep(0.01)
+        for pid in found:
+            with suppress(ChildProcessError):  # of another parent, which buries it
+                os.waitpid(pid, os.WNOHANG)
 
 
 def adopt_orphans() -> None:

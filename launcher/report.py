@@ -4,12 +4,11 @@ touches nothing."""
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 
-from launcher.job import EXIT_REQUEUE, EXIT_STUCK, Via
+from launcher.job import EXIT_REQUEUE
 from launcher.rundir import Outcome
-from launcher.supervise import Ended, Ending, Log, in_words
+from launcher.supervise import Ended, Ending, Log
 
 NUM_TAIL_LINES = 20
 TAIL_BYTES = 65_536
@@ -23,19 +22,15 @@ class Verdict:
     lines: tuple[str, ...] = ()
 
 
-def judge(ending: Ending, *, via: Via, outcome: Outcome | None) -> Verdict:
+def judge(ending: Ending, *, outcome: Outcome | None) -> Verdict:
     """The code and words a launch ends with; `outcome` is what rank 0 wrote during it, if we may need it."""
     lines: list[str] = []
     if ending.immortal:
         pids = ", ".join(map(str, ending.immortal))
         lines.append(f"SIGKILL did not end these processes, they hang in the kernel: {pids}")
-    match via:
-        case "local":
-            code, words = ending.code, _failure_lines(ending.failure)
-            if ending.num_left_behind:
-                lines.append(f"ended {ending.num_left_behind} processes that the ranks had left behind")
-        case "deepspeed":
-            code, words = _through_deepspeed(ending, outcome)
+    code, words = (ending.code, _failure_lines(ending.failure)) if outcome is None else _told(ending, outcome)
+    if ending.num_left_behind:
+        lines.append(f"ended {ending.num_left_behind} processes that the ranks had left behind")
     lines += words
     if code == EXIT_REQUEUE:
         lines.append("stopped on request with a checkpoint; the same command goes on from there (exit code 75)")
@@ -64,20 +59,10 @@ def _failure_lines(failure: Ended | None) -> list[str]:
     return [heading, *(f"| {line}" for line in tail(failure.log) or ["(nothing)"]), last_word]
 
 
-def _through_deepspeed(ending: Ending, outcome: Outcome | None) -> tuple[int, list[str]]:
-    """The code behind the one that deepspeed hands on, which is flattened and may be 0 after a crash."""
-    if outcome is not None and not ending.at_once:
-        if outcome.exit_code in (0, EXIT_REQUEUE):
-            return outcome.exit_code, []
-        return outcome.exit_code, [f"{outcome.reason or 'the run failed'} (exit code {outcome.exit_code})"]
-    if ending.code == 0 and ending.num_left_behind:
-        return EXIT_STUCK, [
-            f"deepspeed ended with exit status 0 while {ending.num_left_behind} processes of the run were "
-            f"still at work; they were ended (exit code {EXIT_STUCK})"
-        ]
-    # deepspeed.launcher.launch ends with sys.exit(-signum), which arrives as 256 - signum.
-    signum = 256 - ending.code
-    if 1 < signum <= signal.SIGRTMAX:
-        code = 128 + signum
-        return code, [f"a rank failed: {in_words(-signum)} (exit code {code}); its output is above"]
-    return ending.code, _failure_lines(ending.failure)
+def _told(ending: Ending, outcome: Outcome) -> tuple[int, list[str]]:
+    """The code behind the one that srun hands on, which is the highest of all tasks, of those it killed too."""
+    if ending.at_once:
+        return ending.code, _failure_lines(ending.failure)
+    if outcome.exit_code in (0, EXIT_REQUEUE):
+        return outcome.exit_code, []
+    return outcome.exit_code, [f"{outcome.reason or 'the run failed'} (exit code {outcome.exit_code})"]

@@ -19,10 +19,12 @@ from typing import IO
 from launcher.commands import Command
 from launcher.guard import Guard
 from launcher.job import EXIT_CLUSTER, EXIT_REQUEUE, EXIT_STUCK, LaunchError
+from launcher.lifeline import Lifeline, Report
 from launcher.processes import (
     adopt_orphans,
     descendants,
     die_with_parent,
+    kill_descendants,
     kill_sessions,
     living_members,
     send_signal,
@@ -36,6 +38,7 @@ PASSED_ON = {
     signal.SIGHUP: signal.SIGTERM,
 }
 TICK_S = 1.0  # a look around even when no signal came
+LIFELINE_TICK_S = 0.1
 FAREWELL_S = 1.0  # helper processes of a rank (workers, trackers) leave by themselves just after it
 KILL_TIMEOUT_S = 10.0
 
@@ -89,15 +92,22 @@ class EndAtOnce(Exception):
 
 
 def supervise(
-    commands: Sequence[Command], *, log_dir: Path, grace_s: float, mask: Collection[signal.Signals]
+    commands: Sequence[Command],
+    *,
+    log_dir: Path,
+    grace_s: float,
+    mask: Collection[signal.Signals],
+    lifeline: Lifeline | None = None,
 ) -> Ending:
     """Start every command and stay until all have ended; `grace_s` is what the others get once one has.
 
-    To be called with signals held; `mask`, what was blocked before, is what the children get.
+    To be called with signals held; `mask`, what was blocked before, is what the children get. With a `lifeline` the
+    ranks are not the commands but what they start, here or on other hosts. It is closed in the end.
     """
     adopt_orphans()
+    strangers = descendants(os.getpid())  # of whoever called us
     guard = Guard()
-    launch = _Launch()
+    launch = _Launch(lifeline)
     try:
         for command in commands:
             child = _start(command, log_dir, mask)
@@ -107,9 +117,16 @@ def supervise(
     except EndAtOnce:
         ending = Ending(128 + signal.SIGINT, at_once=True)
     finally:
+        if lifeline is not None:
+            lifeline.signal(signal.SIGKILL)
+            lifeline.let_go()
         immortal = kill_sessions(launch.sessions, timeout_s=KILL_TIMEOUT_S)
         launch.reap()
         guard.close()
+        # mpiexec starts its ssh in sessions of their own, which wait for a lost host for ever.
+        kill_descendants(spare=strangers, timeout_s=KILL_TIMEOUT_S)
+        if lifeline is not None:
+            lifeline.close()
     return replace(ending, was_asked=launch.was_asked, immortal=tuple(process.pid for process in immortal))
 
 
@@ -120,9 +137,10 @@ def say(message: str) -> None:
 
 
 class _Launch:
-    """The children of one launch, by process id, and the order in which they ended."""
+    """The children of one launch, by process id, and the order in which they, or the ranks behind them, ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, lifeline: Lifeline | None) -> None:
+        self.lifeline = lifeline
         self.sessions: set[int] = set()
         self.running: dict[int, Child] = {}
         self.ended: list[Ended] = []
@@ -139,28 +157,41 @@ class _Launch:
 
     def wait(self, deadline: float) -> None:
         """Until a child ends, a signal comes or `deadline` passes, whichever is first; a tick at most."""
-        timeout_s = min(max(deadline - time.monotonic(), 0.0), TICK_S)
+        tick_s = TICK_S if self.lifeline is None else LIFELINE_TICK_S
+        timeout_s = min(max(deadline - time.monotonic(), 0.0), tick_s)
         received = signal.sigtimedwait([*PASSED_ON, signal.SIGCHLD], timeout_s)
         if received is not None and received.si_signo in PASSED_ON:
             self._receive(signal.Signals(received.si_signo))
         self.reap()
 
     def signal_ranks(self, signum: int) -> None:
-        """Signal the ranks of every running child, all of them before any has had time to end."""
-        pids: list[int] = []
-        for pid, child in self.running.items():
-            # Before deepspeed has started its ranks there is only itself to be told.
-            pids += descendants(pid, depth=child.command.rank_depth) or [p.pid for p in living_members({pid})]
-        send_signal(pids, signum)
+        """Signal every rank, all of them before any has had time to end."""
+        self.reap()
+        # Before another launcher has started its ranks there is only itself to be told.
+        if self.lifeline is None or not self.lifeline.signal(signum):
+            send_signal([p.pid for p in living_members(set(self.running))], signum)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a rank, or somebody about to start one."""
+        if self.lifeline is None:
+            return bool(self.running)
+        return bool(self.running or self.lifeline.names_running) and not self.lifeline.is_complete
+
+    @property
     def is_short_of_ranks(self) -> bool:
-        """Whether some ranks have ended, here or below a running child, while others still run."""
-        below = [c for c in self.running.values() if c.command.rank_depth > 0]
-        nums = [(len(descendants(c.process.pid, depth=c.command.rank_depth)), c.command.num_ranks) for c in below]
-        return bool(self.ended) or any(0 < num_alive < num_ranks for num_alive, num_ranks in nums)
+        """Whether some ranks have ended while others still run."""
+        return self.is_running and bool(self.ended)
+
+    @property
+    def names_running(self) -> str:
+        names = self.lifeline.names_running if self.lifeline is not None else []
+        return ", ".join(names or [child.command.name for child in self.running.values()])
 
     def reap(self) -> None:
-        """Take note of children that have ended, and bury orphans that came to us."""
+        """Take note of ranks and children that have ended, and bury orphans that came to us."""
+        if self.lifeline is not None:
+            self.ended += sorted(map(self._reported, self.lifeline.poll()), key=lambda ended: ended.code <= 128)
         found = []
         while True:
             try:
@@ -172,7 +203,11 @@ class _Launch:
             child = self.running.pop(pid, None)
             if child is not None:
                 child.process.returncode = os.waitstatus_to_exitcode(status)
-                found.append(self._ended(child, child.process.returncode))
+                # Once every rank has told its own end, that of the launcher in between says nothing more.
+                if self.lifeline is None:
+                    found.append(self._ended(child, child.process.returncode))
+                elif not self.lifeline.is_complete:
+                    found.append(self._left_ranks(child, child.process.returncode))
         # The kernel lists them in the order of their start. Of those that ended in one moment the one
         # that was killed is the cause, and an error exit beside it most likely the lost connection.
         self.ended += sorted(found, key=lambda ended: ended.code <= 128)
@@ -187,6 +222,20 @@ class _Launch:
         say(f"{signum.name} passed on to all ranks, waiting for them to stop{hint}")
         self._passed_on.add(PASSED_ON[signum])
         self.signal_ranks(PASSED_ON[signum])
+
+    def _reported(self, report: Report) -> Ended:
+        if report.returncode is None:
+            return Ended(report.name, EXIT_CLUSTER, report.reason, log=None)
+        code = report.returncode if report.returncode >= 0 else 128 - report.returncode
+        asked = -report.returncode in self._passed_on
+        return Ended(report.name, code, in_words(report.returncode), None, asked)
+
+    def _left_ranks(self, child: Child, returncode: int) -> Ended:
+        ended = self._ended(child, returncode)
+        if ended.is_failure:
+            return ended
+        words = f"{ended.words}, though not all of its ranks have come up and ended"
+        return replace(ended, code=EXIT_STUCK, words=words)
 
     def _ended(self, child: Child, returncode: int) -> Ended:
         code = returncode if returncode >= 0 else 128 - returncode
@@ -207,9 +256,12 @@ def in_words(returncode: int) -> str:
 
 def _watch(launch: _Launch, grace_s: float) -> Ending:
     failure = _until_one_fails(launch, grace_s)
-    if failure is not None and launch.running:
+    if failure is not None and launch.is_running:
         say(f"{failure.name}: {failure.words}; ending the ranks that still run")
         _end_others(launch, grace_s)
+    if launch.lifeline is not None:
+        launch.lifeline.let_go()
+        _until_gone(launch, FAREWELL_S if failure else grace_s)
     num_left_behind = _end_left_behind(launch, grace_s)
     # Without a failure all codes are 0 or 75, and one rank that asks for a requeue asks for all.
     code = failure.code if failure else max(ended.code for ended in launch.ended)
@@ -223,9 +275,9 @@ def _until_one_fails(launch: _Launch, grace_s: float) -> Ended | None:
         for ended in launch.ended:
             if ended.is_failure:
                 return ended
-        if not launch.running:
+        if not launch.is_running:
             return None
-        if not launch.is_short_of_ranks():
+        if not launch.is_short_of_ranks:
             deadline = math.inf
         elif deadline == math.inf:
             deadline = time.monotonic() + grace_s
@@ -235,11 +287,7 @@ def _until_one_fails(launch: _Launch, grace_s: float) -> Ended | None:
 
 
 def _left_early(launch: _Launch, grace_s: float) -> Ended:
-    others = ", ".join(child.command.name for child in launch.running.values())
-    if not launch.ended:
-        # deepspeed waits for the others for ever when a rank ends with 0, and 30 s for each when one fails.
-        words = f"a rank ended, and {grace_s:g} s later others still ran"
-        return Ended(others, EXIT_STUCK, words, log=None)
+    others = launch.names_running
     first = launch.ended[0]
     words = f"{first.words}, and {grace_s:g} s later there still ran: {others}"
     # 75 says that all ranks had agreed on a published checkpoint: what hangs after that costs nothing.
@@ -251,13 +299,23 @@ def _end_others(launch: _Launch, grace_s: float) -> None:
     """SIGTERM to the ranks that still run, then SIGKILL to those that outlast the grace time."""
     launch.signal_ranks(signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while launch.running and time.monotonic() < deadline:
+    while launch.is_running and time.monotonic() < deadline:
         launch.wait(deadline)
-    if launch.running:
-        names = ", ".join(child.command.name for child in launch.running.values())
-        say(f"SIGKILL after {grace_s:g} s of grace: {names}")
+    if launch.is_running:
+        say(f"SIGKILL after {grace_s:g} s of grace: {launch.names_running}")
+        if launch.lifeline is not None:
+            launch.lifeline.signal(signal.SIGKILL)
+            launch.lifeline.let_go()
+            _until_gone(launch, FAREWELL_S)
         kill_sessions(launch.sessions, timeout_s=KILL_TIMEOUT_S)
         launch.reap()
+
+
+def _until_gone(launch: _Launch, timeout_s: float) -> None:
+    """Wait for a launcher in between to leave, now that its ranks have."""
+    deadline = time.monotonic() + timeout_s
+    while launch.running and time.monotonic() < deadline:
+        launch.wait(deadline)
 
 
 def _end_left_behind(launch: _Launch, grace_s: float) -> int:

@@ -91,6 +91,11 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             from sft_dist import verify
 
             return verify.run(config, os.environ, num=options.num)
+        case "check":
+            config = _config(options)
+            from sft_dist import checking
+
+            return checking.run(config, os.environ)
         case "score":
             config = _config(options)
             from sft_dist.score import verb as score
@@ -195,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--device", metavar="NAME", help="H200, A100, CPU ... (default: what this machine has)")
     verify = _run_file_verb(verbs, "verify", "check rendering, packing, turns and layout on this model and data")
     verify.add_argument("--num", type=_positive, default=8, help="how many conversations to take (default 8)")
+    _run_file_verb(verbs, "check", "look whether every host is ready for the run (sft-launch check starts it on all)")
     score = _run_file_verb(verbs, "score", "log-probability of every answer, as JSON Lines in input order; resumable")
     score.add_argument(
         "--model",

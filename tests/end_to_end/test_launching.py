@@ -46,6 +46,8 @@ def losses(place: Place) -> list[float]:
         ("torchrun", ["torchrun", "--nproc_per_node", "2", "--master_port", "PORT", "-m", *TRAIN]),
         ("mpiexec", ["mpiexec", "-n", "2", "python", "-m", *TRAIN]),
         ("sft-launch-deepspeed", ["sft-launch", "run", "ARGUMENTS", "--via", "deepspeed", "--nproc", "2"]),
+        ("sft-launch-torchrun", ["sft-launch", "run", "ARGUMENTS", "--via", "torchrun", "--nproc", "2"]),
+        ("sft-launch-mpirun", ["sft-launch", "run", "ARGUMENTS", "--via", "mpirun", "--nproc", "2"]),
     ],
 )  # fmt: skip
 def test_other_launchers_give_the_same_run(place: Place, losses: list[float], name: str, command: list[str]) -> None:

@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -28,7 +29,7 @@ def main() -> int:
     run_dir = Path(run_file).resolve().parent
     if verb == "config":
         return config(options, run_dir)
-    rank = int(os.environ["RANK"])
+    rank = int(next(os.environ[name] for name in RANK_VARIABLES if name in os.environ))
     wish = options.get(f"rank{rank}", options.get("all", "exit:0"))
     if wish.startswith("lives:"):
         wish = life(wish.removeprefix("lives:").split(","), run_dir, rank)

@@ -62,6 +62,9 @@ def test_dry_run_prints_the_lines_and_the_environment_and_starts_nothing(capsys:
         (["run", "r.yaml", "lr"], "'lr' is not key=value"),
         (["run", "r.yaml", "--master-port", "70000"], "1..65535"),
         (["run", "r.yaml", "--grace-s", "-1"], "--grace-s"),
+        (["run", "r.yaml", "--hostfile", "/no such file", "--via", "deepspeed"], "/no such file"),
+        (["run", "r.yaml", "--nodes", "2"], "this machine alone"),
+        (["check", "r.yaml", "--nodes", "2"], "this machine alone"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(
@@ -78,7 +81,7 @@ def test_help_goes_to_stdout_and_names_every_option(capsys: pytest.CaptureFixtur
         main(["run", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--verb", "--via", "--nproc", "--master-port", "--log-dir", "--grace-s", "--dry-run"):
+    for option in ("--verb", "--via", "--nproc", "--master-port", "--log-dir", "--grace-s", "--hostfile", "--dry-run"):
         assert option in text
 
 

@@ -1,0 +1,160 @@
+"""The launcher's end of the lines to its keepers (keeper.py): who has come, who has ended how, and signals to all of
+them at once. Asked in the supervisor's loop; it starts no thread and waits for nothing."""
+
+from __future__ import annotations
+
+import secrets
+import selectors
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from launcher.keeper import LOST_AFTER_S, watch_peer
+from launcher.parcel import Contact
+
+# From the start of the launch until the last rank's keeper has come: loading Python from a busy file system is slow.
+START_TIMEOUT_S = 600.0
+
+
+@dataclass
+class _Line:
+    """The connection to one keeper. It has a rank while that runs: from its first line, which shows it to be ours."""
+
+    connection: socket.socket
+    rank: int | None = None
+    host: str = ""
+    received: bytes = b""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a rank ended: its returncode as subprocess has it, or None and a reason when its keeper was lost."""
+
+    name: str
+    returncode: int | None
+    reason: str = ""
+
+
+class Lifeline:
+    """Lines to `num_ranks` keepers, which come to one of `addresses`."""
+
+    def __init__(self, addresses: tuple[str, ...], *, num_ranks: int) -> None:
+        family = socket.AF_INET6 if any(":" in address for address in addresses) else socket.AF_INET
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        # On one host nobody else needs to get through.
+        where = addresses[0] if addresses == ("127.0.0.1",) else ""
+        self._listener = socket.create_server((where, 0), family=family, dualstack_ipv6=dual, backlog=num_ranks)
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._lines: list[_Line] = []  # of ranks that run
+        self._signals: list[int] = []
+        self._num_ranks = num_ranks
+        self._num_ended = 0
+        self._deadline = time.monotonic() + START_TIMEOUT_S
+        self.contact = Contact(
+            addresses=addresses, port=self._listener.getsockname()[1], word=secrets.token_urlsafe(12)
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every rank has come and has ended."""
+        return self._num_ended >= self._num_ranks
+
+    @property
+    def names_running(self) -> list[str]:
+        return [_name(line) for line in self._lines]
+
+    def poll(self) -> list[Report]:
+        """What has come since the last look."""
+        reports: list[Report] = []
+        # Until nothing is left: a rank that is up must be known before the next signal is passed on.
+        while ready := self._selector.select(0):
+            for key, _ in ready:
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    reports += self._read(key.data)
+        if time.monotonic() > self._deadline and self._num_ended + len(self._lines) < self._num_ranks:
+            self._deadline = float("inf")
+            came = ", ".join(sorted(self.names_running)) or "none"
+            reason = f"not all of {self._num_ranks} ranks have come up within {START_TIMEOUT_S:g} s (here are: {came})"
+            reports.append(Report("the launch", None, reason))
+        return reports
+
+    def signal(self, signum: int) -> bool:
+        """Signal every rank that runs; False when there is none."""
+        self._signals.append(int(signum))
+        for line in self._lines:
+            self._send(line, f"{int(signum)}\n")
+        return bool(self._lines)
+
+    def let_go(self) -> None:
+        """Let the keepers leave; ranks that still run are killed by them."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, _Line):
+                self._send(key.data, "leave\n")
+
+    def close(self) -> None:
+        """Keepers that are still there take this for the end of the launcher, and end their ranks."""
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+        self._selector.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                watch_peer(connection)
+                self._selector.register(connection, selectors.EVENT_READ, _Line(connection))
+
+    def _read(self, line: _Line) -> list[Report]:
+        try:
+            chunk = line.connection.recv(4096)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            return self._lost(line, f"its host has not answered for {LOST_AFTER_S} s ({error.strerror})")
+        if not chunk:
+            return self._lost(line, "its keeper is gone without a word: it was killed, or its host was")
+        *texts, line.received = (line.received + chunk).split(b"\n")
+        return [report for text in texts for report in self._understood(line, text.decode(errors="replace"))]
+
+    def _understood(self, line: _Line, text: str) -> list[Report]:
+        words = text.split()
+        if line.rank is None:
+            if len(words) != 3 or not secrets.compare_digest(words[0], self.contact.word):
+                self._drop(line)
+                return []
+            line.rank, line.host = int(words[1]) if words[1].isdecimal() else -1, words[2]
+            self._lines.append(line)
+            for signum in self._signals:  # that came before it
+                self._send(line, f"{signum}\n")
+            return []
+        self._lines.remove(line)
+        self._num_ended += 1
+        report = Report(_name(line), int(words[1]))
+        line.rank = None
+        return [report]
+
+    def _lost(self, line: _Line, reason: str) -> list[Report]:
+        self._drop(line)
+        if line.rank is None:
+            return []  # it had ended, or was none of ours
+        self._lines.remove(line)
+        self._num_ended += 1
+        return [Report(_name(line), None, reason)]
+
+    def _drop(self, line: _Line) -> None:
+        self._selector.unregister(line.connection)
+        line.connection.close()
+
+    def _send(self, line: _Line, text: str) -> None:
+        with suppress(OSError):  # seen when reading
+            line.connection.sendall(text.encode())
+
+
+def _name(line: _Line) -> str:
+    return f"rank {line.rank} on {line.host}"
