@@ -26,7 +26,7 @@ LAYERS = [
     {"sft_dist.__main__"},
 ]  # fmt: skip
 KNOWS_DEEPSPEED = {"sft_dist/model/engine.py", "sft_dist/model/zero.py"}
-KNOWS_COLLECTIVES = {"sft_dist/distributed/world.py", "sft_dist/distributed/collectives.py"}
+KNOWS_COLLECTIVES = {f"sft_dist/distributed/{name}.py" for name in ("world", "collectives", "watchdog")}
 
 
 def imports(path: Path) -> set[str]:

@@ -31,13 +31,12 @@ from sft_dist.score.output import GrowingOutput, Part, check_writable
 from sft_dist.score.questions import is_candidates
 from sft_dist.score.summary import Tally
 from sft_dist.score.tokens import TokenTexts
-from sft_dist.session import close_session, for_people, open_session, print_from_main
+from sft_dist.session import close_session, open_session, print_from_main
 
 # Samples (or candidates) between two journal entries: what a kill costs at most, and what is in memory at a time.
 BLOCK_ITEMS = 2_048
 _ANSWERS = ("assistant", "text")
 _SAY_EVERY_S = 2.0
-_SIGNAL_COMES_S = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -64,16 +63,9 @@ def run(
     scorers, renderer = models.resolve(config, names, checkpoint, world)
     share = share_of(world, env)
     job = _job(scorers[0].config, chosen, renderer, share, roles=wanted, with_tokens=with_tokens, is_asked=bool(roles))
-    try:
+    with open_session(world, config.watchdog):
         _score(job, scorers, world, output, with_tokens=with_tokens, block_items=block_items)
-    except RuntimeError as error:
-        told = for_people(error)
-        if told is error:
-            raise
-        # A signal to all ranks reaches one first; ours, if there is one, says better why we leave.
-        time.sleep(_SIGNAL_COMES_S)
-        raise told from error
-    close_session()
+        close_session()
     return ExitCode.DONE
 
 
@@ -105,7 +97,6 @@ def _score(
     with_tokens: bool,
     block_items: int,
 ) -> None:
-    open_session(world)
     _leave_on_signals(f"what is scored so far is kept beside {output}; the same command goes on from there", world)
     say_once = print_from_main(world)
     scorers = models.of_main(scorers)
