@@ -1,7 +1,7 @@
 """A rank of a small world with the real watchdog and real collectives, and steps that compute nothing.
 
-`python -m tests.helpers.watched_rank FOLDER TIMEOUT_S`: forty steps of a tenth of a second, or whatever SFT_DIST_FAULTS
-makes of them. Rank by rank a file in FOLDER says how the rank left; the outcome is written as a run's is.
+`python -m tests.helpers.watched_rank FOLDER TIMEOUT_S`: forty steps, or whatever SFT_DIST_FAULTS makes of them. A file in
+FOLDER is touched at each step; the outcome is written there as a run's is.
 """
 
 import os
@@ -18,7 +18,8 @@ from sft_dist.distributed.world import find_world, start
 from sft_dist.errors import exit_code_of, say
 from sft_dist.train.rundir import write_outcome
 
-NUM_STEPS, STEP_S = 40, 0.1
+NUM_STEPS = 40
+WORK_S = 0.02
 
 
 def main(folder: Path, timeout_s: float) -> int:
@@ -34,11 +35,12 @@ def main(folder: Path, timeout_s: float) -> int:
         start(world, on_gpu=False)
         for step in range(1, NUM_STEPS + 1):
             watching.enter("data", step)
+            (folder / f"rank-{world.rank}").touch()
             faults.reach("data", rank=world.rank, step=step)
             watching.enter("forward", step)
             collectives.all_sum([1.0])
             faults.reach("forward", rank=world.rank, step=step)
-            deadline = time.monotonic() + STEP_S / 10
+            deadline = time.monotonic() + WORK_S
             while time.monotonic() < deadline:
                 torch.ones(100).sum()
             faults.reach("slow", rank=world.rank)
