@@ -1,7 +1,7 @@
 """Keep secrets out of what a run writes and says. Pure: text, or a tree of JSON, in; the same without secrets out.
 
-A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY, DB_PASSWORD), the user of a
-URL, a signature in its query, or a text of a form that only access tokens have.
+A secret is the value of an environment variable whose name says so (HF_TOKEN, WANDB_API_KEY), the user of a URL, a
+signature in its query, or a text of a form that only access tokens have.
 """
 
 import re

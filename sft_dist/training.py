@@ -112,6 +112,7 @@ def _with_group(
     watchdog.enter("loading the model")
     initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)
+    engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
     state = checkpoint.TrainState()
     if resumed is not None:

@@ -37,7 +37,7 @@ _SILENT_BEATS = 4  # missing in a row: the rank does not speak any more
 _WINDOW_S = 60.0  # over which the work of ranks is compared
 _MIN_LOOKS = 20
 _MAIN_LEAVES_S = 3.0  # what the main thread gets to notice by itself that another rank has failed
-_LAST_WORDS_S = 1.0  # what the rank that writes the outcome gets before the others leave
+_LAST_WORDS_S = 1.0  # what the rank that writes the outcome gets before the others leave; rank 0 leaves last
 _FRAMES = 12  # of the innermost ones, in which a wait would show
 _PATIENCE_S = 1_800.0  # with ranks that come late, where no timeout is set
 _VERDICT = "verdict"
@@ -138,9 +138,9 @@ class Watchdog:
         self._patience_s = timeout_s or _PATIENCE_S
         self._interval_s = min(_INTERVAL_S, timeout_s / 10) if timeout_s else _INTERVAL_S
         self._process = _this_process()
-        self._mark: tuple[str, int | None] = ("start", None)
+        self._mark: tuple[str, int | None, int] = ("start", None, 0)
         self._num_beats = self._num_looks = self._num_waits = self._num_collectives = 0
-        self._marked: tuple[str, int | None] = self._mark
+        self._marked = self._mark
         self._moved_at = self._beat_at = time.monotonic()
         self._heard: dict[int, tuple[Beat, float]] = {}
         self._window: tuple[float, dict[int, Beat]] = (time.monotonic(), {})
@@ -156,7 +156,11 @@ class Watchdog:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """The main thread makes progress: a phase begins, of a step as people count them."""
-        self._mark = (phase, step)
+        self._mark = (phase, step, self._mark[2] + 1)
+
+    def move(self) -> None:
+        """The main thread makes progress within its phase."""
+        self._mark = (*self._mark[:2], self._mark[2] + 1)
 
     def meet(self, what: str) -> None:
         """Wait until every rank has come here. Raises ClusterError that names the missing ones after `patience_s`."""
@@ -205,7 +209,7 @@ class Watchdog:
             verdict = self._give(Verdict("failure", exit_code_of(error), reason, writer=0))
             if verdict.reason == reason:
                 if self._world.rank == 0 < self._world.size - 1:
-                    time.sleep(2 * self._interval_s)  # the store goes with this process: the others are to read it
+                    time.sleep(2 * self._interval_s)  # the store goes with this process
                 return error
         if verdict.writer == self._world.rank != 0:
             self._write_outcome(verdict)  # rank 0 cannot
@@ -394,7 +398,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
         if verdict.writer == rank:
             self._write_outcome(verdict)
-        else:
+        if rank == 0 < self._world.size - 1:
+            time.sleep(_LAST_WORDS_S + 2 * self._interval_s)  # the store goes with this process
+        elif verdict.writer != rank:
             time.sleep(_LAST_WORDS_S)
         for process in verdict.silent:
             _end(process, self._process)

@@ -1,6 +1,6 @@
 """A rank of a small world with the real watchdog and real collectives, and steps that compute nothing.
 
-`python -m tests.helpers.watched_rank FOLDER TIMEOUT_S`: forty steps, or whatever SFT_DIST_FAULTS makes of them. A file in
+`python -m tests.helpers.watched_rank FOLDER TIMEOUT_S`: forty steps, or what SFT_DIST_FAULTS makes of them. A file in
 FOLDER is touched at each step; the outcome is written there as a run's is.
 """
 
