@@ -140,7 +140,7 @@ class Watchdog:
         self._process = _this_process()
         self._mark: tuple[str, int | None, int] = ("start", None, 0)
         self._num_beats = self._num_looks = self._num_waits = self._num_collectives = 0
-        self._marked = self._mark
+        self._marked: tuple[str, int | None, int] = self._mark
         self._moved_at = self._beat_at = time.monotonic()
         self._heard: dict[int, tuple[Beat, float]] = {}
         self._window: tuple[float, dict[int, Beat]] = (time.monotonic(), {})

@@ -7,20 +7,26 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from sft_dist.config import ModelConfig
+from sft_dist.data.sample import Sample, Span
+from sft_dist.data.selection import Example
 from sft_dist.data.store import PreparedDataset
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import UserError
 from sft_dist.model import loading, zero
+from sft_dist.model.batch import collate
+from sft_dist.model.engine import Engine
 from sft_dist.paths import fault_of_name
 from sft_dist.score.output import GrowingOutput
 from sft_dist.train import checkpoint
 from tests.end_to_end.conftest import Place
+from tests.helpers.plain_engine import PlainEngine
 
 pytestmark = pytest.mark.slow
 SECRETS = {
@@ -247,3 +253,15 @@ def test_a_training_that_hangs_names_the_rank_and_leaves(
     assert "accumulate_gradient" in done[0].stdout, "the stacks of rank 0"
     if codes[1] == 70:
         assert "in data of step 3" in outcome["reason"] and "feeding.py" in done[1].stdout
+
+
+def test_every_forward_is_progress(stopped: Place) -> None:
+    """On one rank a whole evaluation may enter no collective, and takes as long as it takes."""
+    engine, forwards = PlainEngine(stopped.folder / "model"), []
+    Engine.on_forward(cast(Engine, engine), lambda: forwards.append(None))
+    span = Span(0, "text", 0, 0, 5, 5, is_owned=True, turn=1)
+    sample = Sample("t", 1, "book", np.arange(5, dtype=np.int32), (span,), num_turns=1)
+    batch = collate([Example(sample, np.array([-1, 0, 0, 0, 0], np.int32), np.ones(5, np.float32))])
+    for _ in range(3):
+        engine.logprobs(batch)
+    assert len(forwards) == 3
