@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from sft_dist.errors import ExitCode, Interrupted, UserError, say
+from sft_dist.redaction import RedactedStream, find_secrets
 
 if TYPE_CHECKING:
     from sft_dist.config import RunConfig
@@ -25,6 +26,9 @@ _OVERRIDE = re.compile(r"\w+(\.\w+)*=")
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and leave with its exit code."""
     options = _parse(arguments)
+    secrets = find_secrets(os.environ)
+    # Whoever prints after this, a library or a traceback, prints no secret.
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout, secrets), RedactedStream(sys.stderr, secrets)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:

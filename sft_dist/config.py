@@ -232,6 +232,23 @@ class LoggingConfig(Section):
     """Steps between training metrics by source, turn, first and stop token; 0: never."""
 
 
+class WatchdogConfig(Section):
+    timeout_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds without progress on any rank (no phase begun, no collective entered) after which the run is given up with
+    code 70 and the stuck ranks are named; the longest time without either is that of compiling or of writing a rank's
+    files of a checkpoint. 0: never."""
+    slow_ratio: Annotated[float, Field(ge=0)] = 1.5
+    """Name ranks that work this many times as long as a typical other one while these wait for them; 0: never."""
+
+    @model_validator(mode="after")
+    def _room_for_beats(self) -> "WatchdogConfig":
+        if 0 < self.timeout_s < 2:
+            raise ValueError(f"timeout_s must be 0 or at least 2 seconds, got {self.timeout_s:g}")
+        if 0 < self.slow_ratio <= 1:
+            raise ValueError(f"slow_ratio must be 0 or above 1, got {self.slow_ratio:g}")
+        return self
+
+
 class RunConfig(Section):
     run_dir: str
     """Folder of this run: checkpoints, metrics, logs, outcome."""
@@ -249,6 +266,7 @@ class RunConfig(Section):
     numbers: NumbersConfig = NumbersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> "RunConfig":

@@ -64,6 +64,14 @@ class ConfigError(UserError):
     exit_code = ExitCode.CONFIG
 
 
+class RankFailed(UserError):
+    """Another rank has failed; this one leaves with the same code, whichever of them the launcher looks at."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 class Interrupted(BaseException):
     """A signal arrived while there was nothing to checkpoint.
 
@@ -73,6 +81,17 @@ class Interrupted(BaseException):
     def __init__(self, name: str, number: int) -> None:
         super().__init__(f"stopped by {name} before the first step; nothing to checkpoint")
         self.exit_code = 128 + number
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What the command line leaves with after this error."""
+    match error:
+        case UserError() | Interrupted():
+            return error.exit_code
+        case KeyboardInterrupt():
+            return 130
+        case _:
+            return ExitCode.BUG
 
 
 def say(line: str) -> None:

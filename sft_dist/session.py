@@ -1,21 +1,30 @@
 """Opening and closing the process group of a verb: device, threads, backend."""
 
 import os
-import re
 from collections.abc import Callable
 
 import torch
 
-from sft_dist.distributed import collectives
+from sft_dist.config import WatchdogConfig
+from sft_dist.distributed import collectives, watchdog
+from sft_dist.distributed.watchdog import OnLeave, Watchdog
 from sft_dist.distributed.world import World, start
 from sft_dist.errors import ClusterError, say
 from sft_dist.model.engine import set_environment
 
+# A collective fails by itself after this: the watchdog, which can name the rank, is to come first.
+_GROUP_TIMEOUT_S = 1_800.0
 
-def open_session(world: World) -> None:
-    """Choose this rank's device and threads and join the other ranks. Raises ClusterError."""
+
+def open_session(world: World, config: WatchdogConfig | None = None, on_leave: OnLeave | None = None) -> Watchdog:
+    """Choose this rank's device and threads and join the other ranks, watched from there on. Raises ClusterError.
+
+    What the ranks do together belongs into the context of the watchdog: there an error of one ends all. `on_leave`
+    writes the outcome when the watchdog ends the run.
+    """
     from transformers.utils import logging
 
+    config = config or WatchdogConfig()
     logging.disable_progress_bar()
     use_huge_pages()
     set_environment()
@@ -24,7 +33,14 @@ def open_session(world: World) -> None:
         torch.cuda.set_device(world.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    start(world, on_gpu=on_gpu)
+    store = watchdog.connect(world, timeout_s=config.timeout_s)
+    watching = Watchdog(world, store, timeout_s=config.timeout_s, slow_ratio=config.slow_ratio, on_leave=on_leave)
+    try:
+        watching.meet("start")
+        start(world, on_gpu=on_gpu, timeout_s=max(_GROUP_TIMEOUT_S, 2 * config.timeout_s))
+    except ClusterError as error:
+        raise watching.told(error) from error
+    return watching
 
 
 def use_huge_pages() -> None:
@@ -55,11 +71,3 @@ def print_from_main(world: World) -> Callable[[str], None]:
             say(line)
 
     return say_from_main
-
-
-def for_people(error: BaseException) -> BaseException:
-    """A collective that fails because a peer died is no bug of this rank; everything else stays what it is."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and re.search("(?i)closed by peer|connection reset|broken pipe", text):
-        return ClusterError(f"another rank is gone: {text.splitlines()[0]}")
-    return error

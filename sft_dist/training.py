@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ConfigError, ExitCode, Interrupted, UserError, say
+from sft_dist.errors import ConfigError, ExitCode, exit_code_of, say
 from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
+
+if TYPE_CHECKING:
+    from sft_dist.distributed.watchdog import Watchdog
 
 
 def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False) -> ExitCode:
@@ -29,25 +33,23 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
     try:
         exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
-        from sft_dist.session import for_people
-
-        told = for_people(error)
         if lock is not None:
-            reason = f"{type(told).__name__}: {told}"
-            code = told.exit_code if isinstance(told, (UserError, Interrupted)) else ExitCode.BUG
-            code = 130 if isinstance(told, KeyboardInterrupt) else code
-            rundir.write_outcome(run_dir, exit_code=code, reason=reason, step=None, checkpoint=_newest(run_dir))
-        if told is error:
-            raise
-        raise told from error
+            _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
+        raise
     if lock is not None:
         lock.release()
     return exit_code
 
 
+def _write_failure(run_dir: Path, exit_code: int, reason: str) -> None:
+    from sft_dist.train import rundir
+
+    rundir.write_outcome(run_dir, exit_code=exit_code, reason=reason, step=None, checkpoint=_newest(run_dir))
+
+
 def _train(config: RunConfig, world: World, share: Share, with_profile: bool) -> ExitCode:
-    from sft_dist.session import close_session
-    from sft_dist.train import goodput, rundir
+    from sft_dist.model import loading
+    from sft_dist.session import close_session, open_session
 
     # Before any process group exists, so that no collective waits for a tokeniser.
     selection, plan = training_set(config, share)
@@ -60,23 +62,32 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
             say_overlap(selection, heldout)
         write_left_out(sets, run_dir / "left_out.jsonl")
         _say_plan(config, world, plan)
-    result = _with_group(config, world, selection, plan, heldout, with_profile)
-    if world.is_main:
-        times = goodput.end(run_dir, result.exit_code)
-        rundir.write_json(run_dir / rundir.SUMMARY, result.summary | {"goodput": times.as_dict()})
-        rundir.write_outcome(
-            run_dir,
-            exit_code=result.exit_code,
-            reason=result.reason,
-            step=result.state.step,
-            checkpoint=_newest(run_dir),
-            times=times,
-        )
-        for line in times.lines():
-            say(line)
-        say(f"{result.reason} at step {result.state.step:,}; everything lies in {run_dir}")
-    close_session()
+    model_config = loading.load_config(config.model, config.data.max_length)
+    with open_session(world, config.watchdog, partial(_write_failure, run_dir)) as watchdog:
+        result = _with_group(config, world, selection, plan, heldout, model_config, watchdog, with_profile)
+        watchdog.enter("the end")
+        if world.is_main:
+            _write_results(run_dir, result)
+        close_session()
     return result.exit_code
+
+
+def _write_results(run_dir: Path, result: Any) -> None:
+    from sft_dist.train import goodput, rundir
+
+    times = goodput.end(run_dir, result.exit_code)
+    rundir.write_json(run_dir / rundir.SUMMARY, result.summary | {"goodput": times.as_dict()})
+    rundir.write_outcome(
+        run_dir,
+        exit_code=result.exit_code,
+        reason=result.reason,
+        step=result.state.step,
+        checkpoint=_newest(run_dir),
+        times=times,
+    )
+    for line in times.lines():
+        say(line)
+    say(f"{result.reason} at step {result.state.step:,}; everything lies in {run_dir}")
 
 
 def _with_group(
@@ -85,20 +96,19 @@ def _with_group(
     selection: Selection,
     plan: Plan,
     heldout: Selection | None,
+    model_config: Any,
+    watchdog: "Watchdog",
     with_profile: bool,
 ) -> Any:
     from sft_dist.distributed import collectives
     from sft_dist.model import engine as engines
-    from sft_dist.model import loading
-    from sft_dist.session import open_session, print_from_main
+    from sft_dist.session import print_from_main
     from sft_dist.train import checkpoint, contract, rundir
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
     from sft_dist.train.profiling import Profile
 
     run_dir = Path(config.run_dir)
-    model_config = loading.load_config(config.model, config.data.max_length)
-    open_session(world)
     # By it ranks deal packs among themselves: where they differed, samples would be missed and others taken twice.
     collectives.check_same({"cost of packs (config.json)": plan.cost_model})
     say_once = print_from_main(world)
@@ -111,8 +121,11 @@ def _with_group(
             say_once(note)
     if world.is_main:
         rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
+    watchdog.enter("loading the model")
     initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)
+    engine.on_forward(watchdog.move)
+    watchdog.meet("the model is loaded")
     state = checkpoint.TrainState()
     if resumed is not None:
         engine.load(resumed.folder)
@@ -124,7 +137,7 @@ def _with_group(
     planned = plan_heldout(heldout) if heldout is not None else None
     profile = Profile(run_dir / "profile", state.step) if with_profile and world.is_main else None
     try:
-        return Run(config, world, engine, selection, plan, planned, state, metrics, facts, profile).train()
+        return Run(config, world, engine, selection, plan, planned, state, metrics, facts, profile, watchdog).train()
     finally:
         metrics.close()
 

@@ -73,13 +73,13 @@ def run(config: RunConfig, env: Mapping[str, str], *, num: int) -> ExitCode:
         print(_title(selection, chosen))
         checks = check_rendering(config, selection, chosen)
         _print(checks)
-    open_session(world)
-    engine = training_engine(config, world, initial_weights(config))
-    checks += check_logprobs(engine, selection, chosen)
-    checks.append(check_layout(engine, config, world, selection, chosen))
-    if world.is_main:
-        _print(checks[-3:])
-    failed = [check.name for check in collectives.from_main(checks) if not check.is_ok]
+    with open_session(world, config.watchdog):
+        engine = training_engine(config, world, initial_weights(config))
+        checks += check_logprobs(engine, selection, chosen)
+        checks.append(check_layout(engine, config, world, selection, chosen))
+        if world.is_main:
+            _print(checks[-3:])
+        failed = [check.name for check in collectives.from_main(checks) if not check.is_ok]
     if world.is_main:
         dtype = str(engine.causal_lm.dtype).removeprefix("torch.")
         what = f"{engine.causal_lm.config.model_type} in {dtype} on {world.size} rank(s), dropout off"

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Each layer imports only from itself and from those before it.
 LAYERS = [
-    {"sft_dist", "sft_dist.errors", "sft_dist.faults", "sft_dist.runfile", "sft_dist.config"},
+    {"sft_dist", "sft_dist.errors", "sft_dist.faults", "sft_dist.redaction", "sft_dist.paths", "sft_dist.runfile",
+     "sft_dist.config"},
     {"sft_dist.data"},
     {"sft_dist.distributed"},
     {"sft_dist.model"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"sft_dist.__main__"},
 ]  # fmt: skip
 KNOWS_DEEPSPEED = {"sft_dist/model/engine.py", "sft_dist/model/zero.py"}
-KNOWS_COLLECTIVES = {"sft_dist/distributed/world.py", "sft_dist/distributed/collectives.py"}
+KNOWS_COLLECTIVES = {f"sft_dist/distributed/{name}.py" for name in ("world", "collectives", "watchdog")}
 
 
 def imports(path: Path) -> set[str]:
@@ -104,7 +105,7 @@ def test_importing_loads_no_torch(modules: str) -> None:
 
 
 # What the help of a verb may import beyond the standard library: the command line itself.
-HELP_NEEDS = {"sft_dist", "sft_dist.cli", "sft_dist.errors", "sft_dist.__main__"}
+HELP_NEEDS = {"sft_dist", "sft_dist.cli", "sft_dist.errors", "sft_dist.redaction", "sft_dist.__main__"}
 # An interpreter with argparse, and room for what a newer Python adds; numpy alone would be 150 more.
 MOST_MODULES = 200
 

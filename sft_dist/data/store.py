@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sft_dist.data.conversation import ROLES
 from sft_dist.data.sample import Int32, Sample, Span
 from sft_dist.errors import StorageError
+from sft_dist.paths import fault_of_name
 
 FORMAT = 5
 MANIFEST = "manifest.json"
@@ -186,6 +187,8 @@ class PreparedDataset:
         self._tables: list[pa.RecordBatch] = []
         first = [0]
         for shard in _shards(self.manifest):
+            if fault := fault_of_name(folder, shard.file):
+                raise StorageError(f"{folder / MANIFEST}: {fault}: nothing outside of {folder} is read")
             path = folder / shard.file
             if not path.is_file() or path.stat().st_size != shard.num_bytes:
                 raise StorageError(f"{path}: missing or of the wrong size; {_AGAIN.format(folder)}")

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,10 @@ class Engine:
     def causal_lm(self) -> Any:
         """The model of transformers inside, its parameters sharded."""
         return self._engine.module.model
+
+    def on_forward(self, action: Callable[[], None]) -> None:
+        """Call `action` at the beginning of every forward from now on."""
+        self.causal_lm.get_input_embeddings().register_forward_pre_hook(lambda *_: action())
 
     def train(self, is_training: bool = True) -> None:
         self._engine.train(is_training)

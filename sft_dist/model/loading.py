@@ -62,7 +62,7 @@ def load_config(model: ModelConfig, max_length: int) -> Any:
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:
-        raise ConfigError(f"model.path: {model.path}: no model configuration there: {_first_line(error)}") from error
+        raise ConfigError(f"model.path: {model.path}: no model configuration there: {_why(error)}") from error
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise ConfigError(
@@ -148,7 +148,7 @@ def load_causal_lm(
             use_safetensors=None if model.trust_remote_code else True,
         )
     except Exception as error:
-        raise ConfigError(f"model.path: {model.path}: the weights cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"model.path: {model.path}: the weights cannot be loaded: {_why(error)}") from error
     _check_report(model, report, may_start_new=seed is not None)
     if added is not None:
         _add_tokens(loaded, added)
@@ -200,5 +200,8 @@ def _check_report(model: ModelConfig, report: dict[str, Any], *, may_start_new: 
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _why(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    # What transformers says of it comes lines later, and names an argument of its own.
+    hint = "; model.trust_remote_code: true runs that code, for authors you trust" if "custom code" in text else ""
+    return text.splitlines()[0] + hint

@@ -17,6 +17,7 @@ from sft_dist.data.prepare import Share, prepare
 from sft_dist.data.progress import duration
 from sft_dist.data.renderer import Renderer
 from sft_dist.distributed import collectives
+from sft_dist.distributed.watchdog import Watchdog
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, say
 from sft_dist.model import engine as engines
@@ -31,13 +32,12 @@ from sft_dist.score.output import GrowingOutput, Part, check_writable
 from sft_dist.score.questions import is_candidates
 from sft_dist.score.summary import Tally
 from sft_dist.score.tokens import TokenTexts
-from sft_dist.session import close_session, for_people, open_session, print_from_main
+from sft_dist.session import close_session, open_session, print_from_main
 
 # Samples (or candidates) between two journal entries: what a kill costs at most, and what is in memory at a time.
 BLOCK_ITEMS = 2_048
 _ANSWERS = ("assistant", "text")
 _SAY_EVERY_S = 2.0
-_SIGNAL_COMES_S = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -64,16 +64,9 @@ def run(
     scorers, renderer = models.resolve(config, names, checkpoint, world)
     share = share_of(world, env)
     job = _job(scorers[0].config, chosen, renderer, share, roles=wanted, with_tokens=with_tokens, is_asked=bool(roles))
-    try:
-        _score(job, scorers, world, output, with_tokens=with_tokens, block_items=block_items)
-    except RuntimeError as error:
-        told = for_people(error)
-        if told is error:
-            raise
-        # A signal to all ranks reaches one first; ours, if there is one, says better why we leave.
-        time.sleep(_SIGNAL_COMES_S)
-        raise told from error
-    close_session()
+    with open_session(world, config.watchdog) as watchdog:
+        _score(job, scorers, world, output, watchdog, with_tokens=with_tokens, block_items=block_items)
+        close_session()
     return ExitCode.DONE
 
 
@@ -101,11 +94,11 @@ def _score(
     scorers: Sequence[Scorer],
     world: World,
     output: Path,
+    watchdog: Watchdog,
     *,
     with_tokens: bool,
     block_items: int,
 ) -> None:
-    open_session(world)
     _leave_on_signals(f"what is scored so far is kept beside {output}; the same command goes on from there", world)
     say_once = print_from_main(world)
     scorers = models.of_main(scorers)
@@ -130,7 +123,9 @@ def _score(
             say_once(
                 f"{scorer.name}: {part.num_done:,} of {job.num_items:,} {job.unit} are scored; going on from there"
             )
-        _score_model(job, scorer, world, part, growing[0] if growing else None, number, block_items=block_items)
+        watchdog.enter(f"scoring with {scorer.name}")
+        grows = growing[0] if growing else None
+        _score_model(job, scorer, world, part, grows, number, watchdog, block_items=block_items)
     names = [scorer.name for scorer in scorers]
     collectives.on_main(partial(_publish, job, growing, names))
     if world.is_main:
@@ -172,12 +167,14 @@ def _score_model(
     part: Part,
     growing: GrowingOutput | None,
     number: int,
+    watchdog: Watchdog,
     *,
     block_items: int,
 ) -> None:
     """Everything that one model has not scored yet. A collective."""
     say_once = print_from_main(world)
     engine = engines.inference_engine(scorer.config, world, scorer.weights)
+    engine.on_forward(watchdog.move)
     layout = Layout(world, scorer.config.data.max_length, scorer.config.batch.packs_per_micro_batch)
     progress = _Progress(scorer.name, job.num_items, part.num_done, job.unit, say_once)
     is_checked = part.num_done == job.num_items

@@ -22,6 +22,8 @@ from sft_dist import faults
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, StorageError
+from sft_dist.paths import fault_of_name
+from sft_dist.redaction import find_secrets, redact_tree
 from sft_dist.train.numbers import History
 
 FORMAT = 1
@@ -141,6 +143,8 @@ def read(folder: Path) -> Checkpoint:
         raise StorageError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path}: not a readable manifest: {error}") from None
+    if fault := next((f for name in manifest.get("files", ()) if (f := fault_of_name(folder, name))), None):
+        raise StorageError(f"{path}: {fault}: nothing outside of {folder} is read")
     if version != FORMAT:
         raise ConfigError(f"{path}: written in format {version}; this version reads format {FORMAT}")
     return Checkpoint(folder, manifest)
@@ -243,7 +247,7 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
     """Write a small file whole or not at all, on disk when this returns."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
-        file.write(json.dumps(tree, indent=2, ensure_ascii=False))
+        file.write(json.dumps(redact_tree(tree, find_secrets(os.environ)), indent=2, ensure_ascii=False))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 
+from sft_dist import faults
 from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World
@@ -38,6 +39,7 @@ def micro_batches(
             step, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=packs_per_micro_batch
         )
         for number, pack in enumerate(packs):
+            faults.reach("feed.before_collate", rank=world.rank, step=step + 1)
             examples = tuple(selection[index] for index in pack)
             yield MicroBatch(step, number, number == len(packs) - 1, examples, collate(examples))
 

@@ -19,6 +19,7 @@ from sft_dist.data.packing import Pack
 from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Selection
 from sft_dist.distributed import collectives
+from sft_dist.distributed.watchdog import Watchdog
 from sft_dist.distributed.world import World
 from sft_dist.errors import ExitCode
 from sft_dist.model import probe
@@ -71,6 +72,7 @@ class Run:
         metrics: Metrics,
         facts: dict[str, Any],
         profile: Profile | None,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.world = world
@@ -83,7 +85,7 @@ class Run:
         self.stop = StopRequest(end_s=job_end_s(os.environ), margin_s=config.checkpoint.stop_before_end_s)
         self._facts = facts
         self._profile = profile
-        self._meter = _meter(config, engine, plan, metrics)
+        self._meter = _meter(config, engine, plan, metrics, watchdog)
         self._guard = Guard(config, world, engine, selection, plan, metrics, self._meter.clock)
         self._run_dir = Path(config.run_dir)
         self._timeline = Timeline(self._run_dir, is_main=world.is_main)
@@ -110,6 +112,7 @@ class Run:
         for step in steps:
             self._meter.clock.begin(step)
             self._record_times()
+            faults.reach("step.begin", rank=self.world.rank, step=step + 1)
             self._step(step, feed)
             self._timeline.mark("step", step=step + 1)
             if self._profile is not None:
@@ -329,13 +332,14 @@ class Run:
         return Result(exit_code, reason, state, summary)
 
 
-def _meter(config: RunConfig, engine: Engine, plan: Plan, metrics: Metrics) -> Meter:
+def _meter(config: RunConfig, engine: Engine, plan: Plan, metrics: Metrics, watchdog: Watchdog) -> Meter:
     """A collective: the peak is that of all ranks together."""
     peak = find_peak(engine.device, engine.causal_lm.dtype)
     (flops_per_s,) = collectives.all_sum([peak.flops_per_s])
     metrics.say(f"mfu is relative to {peak.name}")
     cost = None if plan.cost_model == BY_TOKENS else plan.cost_model
-    return Meter(PhaseClock(engine.device), cost, flops_per_s=flops_per_s, row_length=config.data.max_length)
+    clock = PhaseClock(engine.device, watchdog.enter)
+    return Meter(clock, cost, flops_per_s=flops_per_s, row_length=config.data.max_length)
 
 
 def plan_heldout(selection: Selection) -> Heldout:

@@ -5,7 +5,7 @@ stream, so that they say what the GPU did or waited for, and are read when the G
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,10 +34,14 @@ class StepTimes:
 
 
 class PhaseClock:
-    """Attributes all time since the first `begin` to the phase that was entered last."""
+    """Attributes all time since the first `begin` to the phase that was entered last.
 
-    def __init__(self, device: torch.device) -> None:
+    `tell` hears of every phase that is entered, and of its step as people count them.
+    """
+
+    def __init__(self, device: torch.device, tell: Callable[[str, int | None], None] | None = None) -> None:
         self._device = device
+        self._tell = tell
         self._step: int | None = None
         self._marks: list[tuple[Phase, Mark]] = []
         self._closed: list[tuple[int, list[tuple[Phase, Mark]], Mark]] = []
@@ -49,6 +53,8 @@ class PhaseClock:
         self.enter("other")
 
     def enter(self, phase: Phase) -> None:
+        if self._tell is not None:
+            self._tell(phase, None if self._step is None else self._step + 1)
         if self._step is not None:
             self._marks.append((phase, self._mark()))
 

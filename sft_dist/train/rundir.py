@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from sft_dist.config import RunConfig
 from sft_dist.errors import ClusterError, ConfigError, StorageError
+from sft_dist.redaction import MASK
 from sft_dist.train import goodput
 from sft_dist.train.checkpoint import checkpoints_dir, sweep_temporaries, write_json
 
@@ -66,7 +67,10 @@ def portable(config: RunConfig) -> dict[str, Any]:
 def saved_config(run_dir: Path) -> RunConfig:
     """The resolved run file of a run folder. Raises ConfigError where there is none."""
     try:
-        return RunConfig.model_validate_json((run_dir / CONFIG).read_text())
+        text = (run_dir / CONFIG).read_text()
+        if MASK in text:
+            raise ConfigError(f"{run_dir / CONFIG}: holds a secret that was masked ({MASK}); write it in by hand")
+        return RunConfig.model_validate_json(text)
     except FileNotFoundError:
         raise ConfigError(f"{run_dir}: not a run folder (it has no {CONFIG})") from None
     except ValueError as error:
