@@ -23,7 +23,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
     world = find_world(env)
     run_dir = Path(config.run_dir)
-    lock = rundir.RunLock(run_dir) if world.is_main else None
+    lock = rundir.take(run_dir) if world.is_main else None
     try:
         exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
@@ -35,6 +35,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
             code = told.exit_code if isinstance(told, UserError) else ExitCode.BUG
             code = 130 if isinstance(told, KeyboardInterrupt) else code
             rundir.write_outcome(run_dir, exit_code=code, reason=reason, step=None, checkpoint=_newest(run_dir))
+            lock.release()
         if told is error:
             raise
         raise told from error
@@ -45,7 +46,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
 def _train(config: RunConfig, world: World, share: Share, with_profile: bool) -> ExitCode:
     from sft_dist.session import close_session
-    from sft_dist.train import rundir
+    from sft_dist.train import files, rundir
 
     # Before any process group exists, so that no collective waits for a tokeniser.
     selection, plan = training_set(config, share)
@@ -60,7 +61,7 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
         _say_plan(config, world, plan)
     result = _with_group(config, world, selection, plan, heldout, with_profile)
     if world.is_main:
-        rundir.write_json(run_dir / rundir.SUMMARY, result.summary)
+        files.write_json(run_dir / rundir.SUMMARY, result.summary)
         rundir.write_outcome(
             run_dir,
             exit_code=result.exit_code,
@@ -85,7 +86,7 @@ def _with_group(
     from sft_dist.model import engine as engines
     from sft_dist.model import loading
     from sft_dist.session import open_session, print_from_main
-    from sft_dist.train import checkpoint, contract, rundir
+    from sft_dist.train import checkpoint, contract, files, rundir
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
     from sft_dist.train.profiling import Profile
@@ -103,7 +104,7 @@ def _with_group(
         contract.check(resumed, facts, allow_changed=config.checkpoint.allow_changed)
         contract.check_world_size(resumed, world.size)
     if world.is_main:
-        rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
+        files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)
     state = checkpoint.TrainState()

@@ -12,7 +12,7 @@ import torch
 
 from sft_dist.errors import ConfigError, StorageError
 from sft_dist.model.zero import safe_load
-from sft_dist.train import checkpoint
+from sft_dist.train import checkpoint, retention
 from sft_dist.train.checkpoint import TrainState
 
 
@@ -134,7 +134,8 @@ def test_eviction_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in range(1, 6):
         make(tmp_path, step)
     (checkpoint.checkpoints_dir(tmp_path) / "step-00000001.bak").mkdir()
-    assert checkpoint.evict(tmp_path, published=5, keep=2, protected=[2]) == [1, 3]
+    removed = retention.evict(tmp_path, published=5, keep=2, protected=[2])
+    assert removed == [retention.Removal(1, None), retention.Removal(3, None)]
     assert list(checkpoint.step_folders(tmp_path)) == [2, 4, 5]
     assert (checkpoint.checkpoints_dir(tmp_path) / "step-00000001.bak").exists(), "a user's copy is left alone"
 
@@ -143,7 +144,7 @@ def test_eviction_never_removes_what_was_just_published(tmp_path: Path) -> None:
     for step in (90, 95, 100):
         make(tmp_path, step)
     flip_a_bit(checkpoint.step_folders(tmp_path)[100])
-    checkpoint.evict(tmp_path, published=95, keep=1, protected=[])
+    retention.evict(tmp_path, published=95, keep=1, protected=[])
     assert list(checkpoint.step_folders(tmp_path)) == [95], "what lies beyond is of a continuation given up"
 
 
@@ -152,7 +153,7 @@ def test_temporaries_of_killed_saves_are_swept(tmp_path: Path) -> None:
     left = checkpoint.checkpoints_dir(tmp_path) / ".tmp-step-00000002"
     left.mkdir()
     (left / "half").write_text("x")
-    checkpoint.sweep_temporaries(tmp_path)
+    retention.sweep_temporaries(tmp_path)
     assert [path.name for path in checkpoint.checkpoints_dir(tmp_path).iterdir()] == ["step-00000001"]
 
 

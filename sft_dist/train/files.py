@@ -1,0 +1,26 @@
+"""Small files that are whole or absent, and folders whose entries are on disk."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a small file whole or not at all, on disk when this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(tree, indent=2, ensure_ascii=False))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk: a file's own fsync does not promise that it can be found."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
