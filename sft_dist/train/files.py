@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Write a small file whole or not at all, on disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_json(path: Path, tree: dict[str, Any], *, writer: str = "") -> None:
+    """Write a small file whole or not at all, on disk when this returns.
+
+    Where several processes may write the same file at once, each gives another name in `writer`.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     with open(temporary, "w") as file:
         file.write(json.dumps(tree, indent=2, ensure_ascii=False))
         file.flush()

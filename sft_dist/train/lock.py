@@ -110,7 +110,7 @@ class RunLock:
             os.close(self._file)
             raise self._refusal(before)
         say(f"run_dir: {self._run_dir} was held by {before or 'an unknown process'}; {gone}: taken over")
-        write_json(note, asdict(self._me))
+        write_json(note, asdict(self._me), writer=f".{self._me.host}-{self._me.pid}")
         if self._has_flock and before is not None and before.boot == self._me.boot:
             return  # whoever else finds it stale on this machine stands before flock
         # Another one may have found it stale at the same moment: of two notes, the later one stays.

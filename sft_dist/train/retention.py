@@ -1,7 +1,9 @@
 """Which checkpoints stay. Called by rank 0 after a publish, or by the holder of the run lock."""
 
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,12 +66,11 @@ def _remove(step: int, folder: Path, published: int) -> Removal:
 
 
 def _num_bytes(folder: Path) -> int:
-    return sum(_sizes(folder))
+    return sum(_file_sizes(folder))
 
 
-def _sizes(folder: Path) -> Iterator[int]:
-    for path in folder.rglob("*"):
-        try:
-            yield path.lstat().st_size
-        except FileNotFoundError:
-            continue
+def _file_sizes(folder: Path) -> Iterator[int]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield os.lstat(os.path.join(parent, name)).st_size

@@ -30,6 +30,7 @@ T = TypeVar("T")
 Submit = Callable[[Callable[[], Any]], "Future[Any]"]
 
 _GIB = 2**30
+_GRACE_S = 30.0  # for the writing of this rank when that of another has failed
 _SPARE = 1.01  # names, shapes and the manifest beside the tensors
 
 
@@ -150,8 +151,7 @@ class Saving:
         failed = not is_pending and task.exception() is not None
         pending, failures = collectives.all_max([float(is_pending), float(failed)])
         if failures:
-            if not pending and self._world.is_main:
-                shutil.rmtree(self._temporary, ignore_errors=True)  # its space is wanted, by outcome.json at least
+            wait([task], timeout=_GRACE_S)  # what still writes would hold up the removal
             self._raise_together(task.exception() if failed else None, what)
         return not pending
 
@@ -164,6 +164,8 @@ class Saving:
         else:
             told = f"{type(problem).__name__}: {problem}"
         answers = collectives.gather(None if problem is None else (type(problem), told))
+        if any(answers) and self._world.is_main:
+            shutil.rmtree(self._temporary, ignore_errors=True)  # its space is wanted, by outcome.json at least
         for rank, answer in enumerate(answers):
             if answer is not None:
                 kind = answer[0] if issubclass(answer[0], UserError) else StorageError

@@ -12,7 +12,7 @@ import torch
 
 from sft_dist.errors import ConfigError, StorageError
 from sft_dist.model.zero import safe_load
-from sft_dist.train import checkpoint, retention
+from sft_dist.train import checkpoint, integrity, retention
 from sft_dist.train.checkpoint import TrainState
 
 
@@ -70,8 +70,15 @@ def strip_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def list_a_file_that_is_not_there(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["shards/r2.pt"] = manifest["files"]["shards/r1.pt"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 FAULTS = [
     truncate,
+    list_a_file_that_is_not_there,
     flip_a_bit,
     remove_a_shard,
     swap_shards,
@@ -92,6 +99,15 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_found(tmp_path: Path, da
     assert checkpoint.find(tmp_path, "last").step == 1
     with pytest.raises(StorageError):
         checkpoint.find(tmp_path, "2")
+
+
+def test_long_checking_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(integrity, "_SAY_EVERY_S", 0.0)
+    make(tmp_path, 1)
+    checkpoint.find(tmp_path, "last")
+    assert "step-00000001: 50% of" in (said := capsys.readouterr().err) and "step-00000001: 100% of" in said
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
