@@ -48,10 +48,12 @@ class Case:
     recompute: bool
     steps: int
     discarded: int
+    compiled: bool = False  # model.compile, of sft-dist only
 
     @property
     def name(self) -> str:
-        return f"{self.way}, packs of {self.length:,}, {'with' if self.recompute else 'without'} recomputation"
+        way = f"{self.way} compiled" if self.compiled else self.way
+        return f"{way}, packs of {self.length:,}, {'with' if self.recompute else 'without'} recomputation"
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,23 @@ def cases(lengths: Sequence[int], *, main: int, steps: int, curve_steps: int, ha
     """All ways with and without recomputation at the main length; without it along the curve."""
     ways: list[Way] = ["sft-dist", "trl", "plain"] if has_trl else ["sft-dist", "plain"]
     table = [Case(way, main, recompute, steps, DISCARDED) for recompute in (True, False) for way in ways]
+    table += [Case("sft-dist", main, recompute, steps, DISCARDED, compiled=True) for recompute in (True, False)]
     return table + [Case(way, length, False, curve_steps, 1) for length in lengths if length != main for way in ways]
 
 
-def write_run_file(options: argparse.Namespace, place: Path, length: int, steps: int, *, recompute: bool) -> Path:
+def write_run_file(options: argparse.Namespace, place: Path, case: Case) -> Path:
     tree = {
         "run_dir": str(place / "run"),
-        "model": {"path": str(options.model), "dtype": "float32", "gradient_checkpointing": recompute},
-        "data": {"train": str(options.data), "max_length": length, "cache_dir": str(place / "prepared")},
+        "model": {
+            "path": str(options.model),
+            "dtype": "float32",
+            "gradient_checkpointing": case.recompute,
+            "compile": case.compiled,
+        },
+        "data": {"train": str(options.data), "max_length": case.length, "cache_dir": str(place / "prepared")},
         "batch": {"global_packs": RANKS},
         "optimizer": {"learning_rate": LEARNING_RATE},
-        "schedule": {"name": "constant", "max_steps": steps, "warmup_fraction": 0.0},
+        "schedule": {"name": "constant", "max_steps": case.steps, "warmup_fraction": 0.0},
         "checkpoint": {"every": 0, "resume": "never"},
         "logging": {"tensorboard": False, "details_every": 0},
     }
@@ -264,7 +272,7 @@ def figures(case: Case, answer: Answer, batches: Batches, shape: Shape, rate: fl
 def check_losses(ours: dict[str, Any], other: dict[str, Any]) -> None:
     """Raise SystemExit where the losses of another way are not ours: then the times compare nothing."""
     pairs = [(ours["first_loss"], other["first_loss"])]
-    if other["way"] == "trl":
+    if other["way"] != "plain":
         pairs += list(zip(ours["losses"], other["losses"], strict=True))
     worst = max(abs(mine - theirs) for mine, theirs in pairs)
     other["largest_loss_difference"] = worst
@@ -283,7 +291,7 @@ def say(row: dict[str, Any]) -> None:
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Ours over each other way of the same length and recomputation, and ours without over TRL with it."""
-    by_case = {(row["way"], row["length"], row["recompute"]): row for row in rows}
+    by_case = {(row["way"], row["length"], row["recompute"], row["compiled"]): row for row in rows}
     found: dict[str, dict[str, float]] = {}
 
     def compare(ours: dict[str, Any], other: dict[str, Any], label: str) -> None:
@@ -291,14 +299,16 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         memory = ours["peak_gib"] / other["peak_gib"]
         found[label] = {"target tokens per second": round(speed, 3), "peak memory": round(memory, 3)}
 
-    for (way, length, recompute), row in by_case.items():
+    for (way, length, recompute, _), row in by_case.items():
         if way == "sft-dist":
             continue
-        ours = by_case["sft-dist", length, recompute]
-        compare(ours, row, f"ours against {row['case']}")
-        without = by_case.get(("sft-dist", length, False))
-        if recompute and without is not None:
-            compare(without, row, f"ours without recomputation against {row['case']}")
+        for compiled, name in ((False, "ours"), (True, "ours compiled")):
+            ours = by_case.get(("sft-dist", length, recompute, compiled))
+            without = by_case.get(("sft-dist", length, False, compiled))
+            if ours is not None:
+                compare(ours, row, f"{name} against {row['case']}")
+            if recompute and without is not None:
+                compare(without, row, f"{name} without recomputation against {row['case']}")
     return found
 
 
@@ -350,7 +360,7 @@ def measure(options: argparse.Namespace, planned: list[Case], shape: Shape, plac
     rows: list[dict[str, Any]] = []
     prepared: dict[int, Batches] = {}
     for number, case in enumerate(planned):
-        run_file = write_run_file(options, place, case.length, case.steps, recompute=case.recompute)
+        run_file = write_run_file(options, place, case)
         if case.length not in prepared:
             prepared[case.length] = write_batches(run_file, place / f"batches-{case.length}.json")
         batches = prepared[case.length]
@@ -361,7 +371,7 @@ def measure(options: argparse.Namespace, planned: list[Case], shape: Shape, plac
         else:
             answer = run_other(case, batches, options, place, timeout_s=options.timeout)
         row = figures(case, answer, batches, shape, rate)
-        if case.way != "sft-dist":
+        if case.way != "sft-dist" or case.compiled:
             ours = next(r for r in rows if r["way"] == "sft-dist" and r["length"] == case.length)
             check_losses(ours, row)
         rows.append(row)
