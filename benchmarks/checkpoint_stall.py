@@ -6,8 +6,8 @@
 One run trains and saves now one way, now the other; both write the same bytes to FOLDER (a temporary one by default: it
 should lie on the disk that matters). Stall is the time that the calls of train/saver.py take in the step loop, so it
 holds the copy and all agreements. A forward over two short samples (the probe that export compares with) comes before
-each save either way, and stands beside it. What the background costs otherwise, steps that compete with it for cores, stands beside it: the time of the steps up
-to the publish against that of as many undisturbed ones.
+each save either way, and stands beside it. What the background costs otherwise, steps that compete with it for cores,
+stands there too: the time of the steps up to the publish against that of as many undisturbed ones.
 """
 
 import argparse
@@ -200,7 +200,8 @@ def main() -> None:
         f"{stall['waiting']['median']:.3f} s (min {stall['waiting']['min']:.3f}), with the background "
         f"{stall['background']['median']:.3f} s (min {stall['background']['min']:.3f}): {ratio['of medians']:.3f} of it"
         f" (of minima {ratio['of minima']:.3f})\n"
-        f"probe {found['probe_s']:.3f} s either way; steps {step['undisturbed']:.3f} s, {step['during']:.3f} s beside the background "
+        f"probe {found['probe_s']:.3f} s either way; steps {step['undisturbed']:.3f} s, "
+        f"{step['during']:.3f} s beside the background "
         f"({step['steps_during']:.1f} of them a checkpoint, {found['lost_beside_the_stall_s']:.3f} s lost)"
     )
     result = {
