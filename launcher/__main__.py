@@ -9,15 +9,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from launcher.commands import Command, commands, shown
+from launcher.commands import commands, shown
 from launcher.host import count_cpus, count_gpus, first_ephemeral_port, free_port, master_ports, require_port
 from launcher.job import EXIT_REQUEUE, EXIT_USAGE, Job, LaunchError, Via
-from launcher.report import judge
+from launcher.report import Verdict, judge
+from launcher.restarts import EXPLAINED, Restarts, checkpoints, keep_running
 from launcher.rundir import ask_run_dir, outcome_mark, read_outcome
-from launcher.supervise import say, supervise
+from launcher.supervise import Ending, say, signals_held, supervise
+
+PORT_STRIDE = 97  # between the ports of two starts
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,6 +91,19 @@ def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
         metavar="S",
         help="seconds from the end of the first rank until the others are killed (30)",
     )
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=EXPLAINED)
+    parser.add_argument(
+        "--restart-pause-s",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds before a restart, doubled after each that brought no new checkpoint, up to 60 (1)",
+    )
+    parser.add_argument(
+        "--restart-stopped",
+        action="store_true",
+        help="restart, too, when the ranks stopped on request with a checkpoint (75) and sft-launch was not signalled",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command lines and start nothing")
     return parser
 
@@ -94,6 +111,7 @@ def _add_run_parser(verbs: argparse._SubParsersAction[_Parser]) -> _Parser:
 def _run(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: tuple[str, ...]) -> int:
     if not 0 <= options.grace_s < float("inf"):
         raise LaunchError(f"--grace-s must be 0 or more, not {options.grace_s:g}", exit_code=EXIT_USAGE)
+    restarts = _restarts(options)
     nproc = max(1, count_gpus(os.environ)) if options.nproc is None else options.nproc
     port = options.master_port
     if port is None:
@@ -112,22 +130,44 @@ def _run(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: 
     if options.dry_run:
         print("\n".join(f"# {command.name}\n{shown(command)}" for command in to_start))
         return 0
-    return _supervised(job, to_start, log_dir=options.log_dir, grace_s=options.grace_s)
+    fixed_port = options.master_port is not None
+    return _supervised(job, restarts, fixed_port=fixed_port, log_dir=options.log_dir, grace_s=options.grace_s)
 
 
-def _supervised(job: Job, to_start: Sequence[Command], *, log_dir: Path | None, grace_s: float) -> int:
+def _restarts(options: argparse.Namespace) -> Restarts:
+    if options.restarts < 0:
+        raise LaunchError(f"--restarts must be 0 or more, not {options.restarts}", exit_code=EXIT_USAGE)
+    if not 0 <= options.restart_pause_s < float("inf"):
+        raise LaunchError(f"--restart-pause-s must be 0 or more, not {options.restart_pause_s:g}", exit_code=EXIT_USAGE)
+    return Restarts(budget=options.restarts, pause_s=options.restart_pause_s, after_stop=options.restart_stopped)
+
+
+def _supervised(job: Job, restarts: Restarts, *, fixed_port: bool, log_dir: Path | None, grace_s: float) -> int:
     run_dir = ask_run_dir(job, python=sys.executable)
-    mark = outcome_mark(run_dir)
     log_dir_used = log_dir or Path(tempfile.mkdtemp(prefix="sft-launch-"))
-    ending = supervise(to_start, log_dir=log_dir_used, grace_s=grace_s)
-    # deepspeed flattens exit codes, so what rank 0 wrote comes first; our own children tell the truth.
-    outcome = read_outcome(run_dir, mark_before=mark) if job.via == "deepspeed" else None
-    verdict = judge(ending, via=job.via, outcome=outcome)
-    for line in verdict.lines:
-        say(line)
-    if log_dir is None and verdict.code in (0, EXIT_REQUEUE):
+    with signals_held() as mask:
+
+        def start(number: int) -> tuple[Ending, Verdict]:
+            told = {"SFT_DIST_RESTART": str(number)} if restarts.budget else {}
+            port = job.master_port
+            if number and not fixed_port:
+                # What is left of the start before may still hold its port.
+                port = free_port(master_ports(first_ephemeral_port()), seed=os.getpid() + number * PORT_STRIDE)
+            again = replace(job, master_port=port)
+            to_start = commands(again, python=sys.executable, num_cpus=count_cpus(), environ=os.environ | told)
+            to_start = tuple(replace(command, env={**command.env, **told}) for command in to_start)
+            mark = outcome_mark(run_dir)
+            ending = supervise(to_start, log_dir=log_dir_used, grace_s=grace_s, mask=mask)
+            # deepspeed flattens exit codes, so what rank 0 wrote comes first; our own children tell the truth.
+            outcome = read_outcome(run_dir, mark_before=mark) if job.via == "deepspeed" else None
+            return ending, judge(ending, via=job.via, outcome=outcome)
+
+        # Other verbs than train leave no checkpoints to tell progress by.
+        published = (lambda: checkpoints(run_dir)) if job.verb == "train" else None
+        code = keep_running(start, restarts, published=published)
+    if log_dir is None and code in (0, EXIT_REQUEUE):
         shutil.rmtree(log_dir_used, ignore_errors=True)
-    return verdict.code
+    return code
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ EXIT_USAGE = 2
 EXIT_CLUSTER = 69
 EXIT_STUCK = 70
 EXIT_REQUEUE = 75
+EXIT_NO_PROGRESS = 76
 
 
 class LaunchError(Exception):

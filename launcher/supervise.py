@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +80,7 @@ class Ending:
     failure: Ended | None = None
     num_left_behind: int = 0  # processes that outlived the children and had to be ended
     at_once: bool = False  # by a second SIGINT
+    was_asked: bool = False  # the launcher itself was signalled
     immortal: tuple[int, ...] = ()  # process ids that SIGKILL did not end
 
 
@@ -87,25 +88,29 @@ class EndAtOnce(Exception):
     """The second SIGINT."""
 
 
-def supervise(commands: Sequence[Command], *, log_dir: Path, grace_s: float) -> Ending:
-    """Start every command and stay until all have ended; `grace_s` is what the others get once one has."""
+def supervise(
+    commands: Sequence[Command], *, log_dir: Path, grace_s: float, mask: Collection[signal.Signals]
+) -> Ending:
+    """Start every command and stay until all have ended; `grace_s` is what the others get once one has.
+
+    To be called with signals held; `mask`, what was blocked before, is what the children get.
+    """
     adopt_orphans()
-    with _signals_held() as mask:
-        guard = Guard()
-        launch = _Launch()
-        try:
-            for command in commands:
-                child = _start(command, log_dir, mask)
-                launch.add(child)
-                guard.watch(child.process.pid)
-            ending = _watch(launch, grace_s)
-        except EndAtOnce:
-            ending = Ending(128 + signal.SIGINT, at_once=True)
-        finally:
-            immortal = kill_sessions(launch.sessions, timeout_s=KILL_TIMEOUT_S)
-            launch.reap()
-            guard.close()
-    return replace(ending, immortal=tuple(process.pid for process in immortal))
+    guard = Guard()
+    launch = _Launch()
+    try:
+        for command in commands:
+            child = _start(command, log_dir, mask)
+            launch.add(child)
+            guard.watch(child.process.pid)
+        ending = _watch(launch, grace_s)
+    except EndAtOnce:
+        ending = Ending(128 + signal.SIGINT, at_once=True)
+    finally:
+        immortal = kill_sessions(launch.sessions, timeout_s=KILL_TIMEOUT_S)
+        launch.reap()
+        guard.close()
+    return replace(ending, was_asked=launch.was_asked, immortal=tuple(process.pid for process in immortal))
 
 
 def say(message: str) -> None:
@@ -123,6 +128,10 @@ class _Launch:
         self.ended: list[Ended] = []
         self._passed_on: set[int] = set()
         self._num_interrupts = 0
+
+    @property
+    def was_asked(self) -> bool:
+        return bool(self._passed_on)
 
     def add(self, child: Child) -> None:
         self.sessions.add(child.process.pid)
@@ -270,8 +279,8 @@ def _until_empty(launch: _Launch, timeout_s: float) -> None:
 
 
 @contextmanager
-def _signals_held() -> Iterator[set[signal.Signals]]:
-    """Hold back the signals we wait for, so that none is lost between two looks; yields the mask before.
+def signals_held() -> Iterator[set[signal.Signals]]:
+    """Hold back the signals we wait for, so that none is lost between two looks or two starts; yields the mask before.
 
     What is still held at the end is dropped: the launch is over.
     """
@@ -286,7 +295,7 @@ def _signals_held() -> Iterator[set[signal.Signals]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(command: Command, log_dir: Path, mask: set[signal.Signals]) -> Child:
+def _start(command: Command, log_dir: Path, mask: Collection[signal.Signals]) -> Child:
     """Start one command as leader of a new session, so that a Ctrl-C reaches it through us alone, once."""
     log = None
     output: IO[bytes] | None = None
@@ -313,7 +322,7 @@ def _start(command: Command, log_dir: Path, mask: set[signal.Signals]) -> Child:
     return Child(command, process, log)
 
 
-def _before_exec(launcher: int, mask: set[signal.Signals]) -> Callable[[], None]:
+def _before_exec(launcher: int, mask: Collection[signal.Signals]) -> Callable[[], None]:
     def prepare() -> None:
         die_with_parent(launcher)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

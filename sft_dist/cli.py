@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(number, _interrupt)
     try:
         code = _dispatch(options)
-    except UserError as error:
+    except (UserError, Interrupted) as error:
         rank = os.environ.get("RANK", "0")
         prefix = "" if rank == "0" else f"[rank {rank}] "
         say(f"{prefix}{type(error).__name__}: {error}")
@@ -139,7 +139,8 @@ def _print_config(options: argparse.Namespace) -> ExitCode:
 
     if options.explain:
         for key, default, meaning in configs.explain():
-            print(f"{key} (default {default})\n    {meaning}")
+            fixed = "" if configs.may_change(key.partition("[]")[0]) else "; fixed when resuming"
+            print(f"{key} (default {default}{fixed})\n    {meaning}")
         return ExitCode.DONE
     if options.run_file is None:
         from sft_dist.errors import UsageError

@@ -203,7 +203,23 @@ class CheckpointConfig(Section):
     stop_at_step: Annotated[int, Field(ge=1)] | None = None
     """Checkpoint and leave with code 75 after this step; the schedule is not changed by it."""
     allow_changed: tuple[str, ...] = ()
-    """Keys that may differ from the resumed checkpoint's run file although they change the mathematics."""
+    """Fixed keys (config --explain) that may differ from the resumed checkpoint's run file all the same."""
+
+
+class NumbersConfig(Section):
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is no finite number is never taken: stop with code 70, or go on without it."""
+    max_skipped: Annotated[int, Field(ge=0)] = 3
+    """With non_finite: skip, how many steps of a run may be left out; at one more it stops with code 70."""
+    spike: Literal["alarm", "rollback"] = "alarm"
+    """A loss far above those before: say so; or go back to the last checkpoint of checkpoint.every and leave out all
+    steps since then, that one included (before the first such checkpoint: say so)."""
+    spike_window: Annotated[int, Field(ge=4)] = 50
+    """How many losses before it a loss is compared with; fewer raise no alarm."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 10.0
+    """Robust standard deviations (median absolute deviation) above the median of the window that are a spike."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2
+    """With spike: rollback, how often a run may go back; at one spike more it stops with code 70."""
 
 
 class EvaluateConfig(Section):
@@ -232,6 +248,7 @@ class RunConfig(Section):
     deepspeed: str = "auto"
     """DeepSpeed file: a path, or the name of one in ds_configs; auto: zero3 on GPU, cpu on CPU."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    numbers: NumbersConfig = NumbersConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -240,6 +257,37 @@ class RunConfig(Section):
         if max(self.optimizer.betas) >= 1.0:
             raise ValueError(f"optimizer.betas must be below 1, got {list(self.optimizer.betas)}")
         return self
+
+    @model_validator(mode="after")
+    def _allowed_are_keys(self) -> "RunConfig":
+        known = {key for key, _, _ in explain()} if self.checkpoint.allow_changed else set()
+        for name in self.checkpoint.allow_changed:
+            if name not in known:
+                raise ValueError(f"checkpoint.allow_changed: {name}: no key of a run file; {_nearest(name)}")
+        return self
+
+    @model_validator(mode="after")
+    def _rollback_needs_checkpoints(self) -> "RunConfig":
+        if self.numbers.spike == "rollback" and not self.checkpoint.every:
+            raise ValueError("numbers.spike: rollback goes back to checkpoints of checkpoint.every, which is 0 here")
+        return self
+
+
+# What a resumed run may change at will: files, layout, speed, what is kept and said; no sample, and no number beyond
+# rounding and draws of dropout. Files are compared by content (train/contract.py). Any other key is fixed for a run.
+_CHANGEABLE = (
+    *("run_dir", "model.path", "model.init_from", "model.attention", "model.gradient_checkpointing", "model.compile"),
+    *("model.allow_new_parameters", "model.trust_remote_code"),
+    *("data.train", "data.heldout", "data.chat_template", "data.cache_dir", "data.num_processes"),
+    *("data.on_bad_record", "data.max_refused"),
+    *("batch.packs_per_micro_batch", "batch.reduce_once", "deepspeed"),
+    *("checkpoint.", "evaluate.", "logging.", "numbers."),
+)
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of a key than its checkpoint, without checkpoint.allow_changed."""
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in _CHANGEABLE)
 
 
 # Keys people bring from other tools, and where that fact lives here.

@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     TRAINING = 70
     STORAGE = 74
     STOPPED = 75
+    NO_PROGRESS = 76  # restarts that brought no new checkpoint; sft-launch ends with it
     CONFIG = 78
 
 
@@ -63,8 +64,11 @@ class ConfigError(UserError):
     exit_code = ExitCode.CONFIG
 
 
-class Interrupted(UserError):
-    """A signal arrived while there was nothing to checkpoint."""
+class Interrupted(BaseException):
+    """A signal arrived while there was nothing to checkpoint.
+
+    No Exception: what it interrupts (a library that loads weights, say) would take it for a fault of its own.
+    """
 
     def __init__(self, name: str, number: int) -> None:
         super().__init__(f"stopped by {name} before the first step; nothing to checkpoint")

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sft_dist import faults
 from sft_dist.config import ModelConfig
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError, ExitCode, StorageError
@@ -44,6 +45,7 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
             difference = _verify(config.model, checkpoint, written, chosen)
             if output.exists():
                 output.rmdir()
+            faults.reach("export.before_rename", rank=0)
             os.replace(written, output)
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error}") from error

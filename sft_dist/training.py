@@ -10,7 +10,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ConfigError, ExitCode, UserError, say
+from sft_dist.errors import ConfigError, ExitCode, Interrupted, UserError, say
 from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
 
 
@@ -19,11 +19,13 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
     With a profile, rank 0 writes a trace of a few steps to RUN_DIR/profile.
     """
-    from sft_dist.train import rundir
+    from sft_dist.train import goodput, rundir
 
     world = find_world(env)
     run_dir = Path(config.run_dir)
     lock = rundir.take(run_dir) if world.is_main else None
+    if lock is not None:
+        goodput.begin(run_dir)
     try:
         exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
@@ -32,7 +34,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
         told = for_people(error)
         if lock is not None:
             reason = f"{type(told).__name__}: {told}"
-            code = told.exit_code if isinstance(told, UserError) else ExitCode.BUG
+            code = told.exit_code if isinstance(told, (UserError, Interrupted)) else ExitCode.BUG
             code = 130 if isinstance(told, KeyboardInterrupt) else code
             rundir.write_outcome(run_dir, exit_code=code, reason=reason, step=None, checkpoint=_newest(run_dir))
             lock.release()
@@ -46,7 +48,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
 def _train(config: RunConfig, world: World, share: Share, with_profile: bool) -> ExitCode:
     from sft_dist.session import close_session
-    from sft_dist.train import files, rundir
+    from sft_dist.train import files, goodput, rundir
 
     # Before any process group exists, so that no collective waits for a tokeniser.
     selection, plan = training_set(config, share)
@@ -61,14 +63,18 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
         _say_plan(config, world, plan)
     result = _with_group(config, world, selection, plan, heldout, with_profile)
     if world.is_main:
-        files.write_json(run_dir / rundir.SUMMARY, result.summary)
+        times = goodput.end(run_dir, result.exit_code)
+        files.write_json(run_dir / rundir.SUMMARY, result.summary | {"goodput": times.as_dict()})
         rundir.write_outcome(
             run_dir,
             exit_code=result.exit_code,
             reason=result.reason,
             step=result.state.step,
             checkpoint=_newest(run_dir),
+            times=times,
         )
+        for line in times.lines():
+            say(line)
         say(f"{result.reason} at step {result.state.step:,}; everything lies in {run_dir}")
     close_session()
     return result.exit_code
@@ -98,11 +104,12 @@ def _with_group(
     collectives.check_same({"cost of packs (config.json)": plan.cost_model})
     say_once = print_from_main(world)
     heldout_data = None if heldout is None else heldout.dataset
-    facts = contract.facts(config, selection.dataset, heldout_data, model_config)
+    facts = collectives.on_main(lambda: contract.facts(config, selection.dataset, heldout_data, model_config, plan))
     resumed = _resumed_from(config, world)
     if resumed is not None:
-        contract.check(resumed, facts, allow_changed=config.checkpoint.allow_changed)
-        contract.check_world_size(resumed, world.size)
+        allowed = config.checkpoint.allow_changed
+        for note in contract.check(resumed, facts, world_size=world.size, allow_changed=allowed):
+            say_once(note)
     if world.is_main:
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     initial = None if resumed is not None else initial_weights(config)

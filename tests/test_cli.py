@@ -1,8 +1,16 @@
 """The command line: overrides lie anywhere on it, and what nobody knows is a usage error."""
 
+import os
+import signal
+from typing import Any
+
 import pytest
+import transformers
 
 from sft_dist import cli
+from sft_dist.config import ModelConfig
+from sft_dist.errors import Interrupted
+from sft_dist.model import loading
 
 
 @pytest.mark.parametrize(
@@ -35,3 +43,19 @@ def test_what_is_no_override_is_a_usage_error(line: str, named: str, capsys: pyt
         cli._parse(line.split())
     assert left.value.code == 2
     assert f"unrecognized arguments: {named}\n" in capsys.readouterr().err
+
+
+def test_a_signal_is_not_taken_for_a_fault_of_what_it_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killing runs at random found it: a signal during the reading of weights was called a mistake in model.path."""
+
+    def slow(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, cli._interrupt)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", slow)
+    try:
+        with pytest.raises(Interrupted, match="SIGUSR1") as caught:
+            loading.load_config(ModelConfig(path="x"), 10)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert caught.value.exit_code == 128 + signal.SIGUSR1

@@ -57,6 +57,7 @@ def test_bad_overrides_are_config_errors(tmp_path: Path, override: str) -> None:
         MINIMAL + "optimizer: {learning_rate: .nan}\n",
         MINIMAL + "optimizer: {betas: [0.9, 1.0]}\n",
         MINIMAL + "seed: -1\n",
+        MINIMAL + "checkpoint: {every: 0}\nnumbers: {spike: rollback}\n",
         MINIMAL + "data: {max_length: 8}\ndata: {overflow: error}\n",
         MINIMAL + "data: {<<: {overflow: drop}, max_length: 8, max_length: 9}\n",
     ],

@@ -24,7 +24,7 @@ from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
-from sft_dist.model import attention, loading, sharding, zero
+from sft_dist.model import attention, loading, resharding, sharding, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
@@ -87,6 +87,12 @@ def resolve_deepspeed_config(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f'deepspeed: {path}: holds an "auto", which nothing here fills in')
     if tree.get("zero_optimization", {}).get("stage") != 3:
         raise ConfigError(f"deepspeed: {path}: zero_optimization.stage must be 3")
+    for part in ("offload_optimizer", "offload_param"):
+        if (tree["zero_optimization"].get(part) or {}).get("device") == "nvme":
+            raise ConfigError(
+                f"deepspeed: {path}: zero_optimization.{part}.device: nvme leaves states outside the checkpoints, so "
+                "no run could be resumed; use cpu"
+            )
     return tree | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the plan accumulates; Engine.backward marks the last micro-batch
@@ -106,6 +112,12 @@ def _bf16(section: dict[str, Any], path: Path, dtype: torch.dtype) -> dict[str, 
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(f"deepspeed: {path}: states of 16 bits need model.dtype: bfloat16, which is {name} here")
     return {"enabled": dtype is torch.bfloat16, **section}
+
+
+def states_dtype(config: RunConfig) -> torch.dtype:
+    """Precision of master weights and moments."""
+    is_16bit = resolve_deepspeed_config(config)["bf16"].get("bf16_master_weights_and_grads")
+    return torch.bfloat16 if is_16bit else torch.float32
 
 
 class Engine:
@@ -189,13 +201,29 @@ class Engine:
 
     def local_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 [n] on the CPU): this rank's part of the gradient that the last backward completed."""
+        for name, shard in self._local_gradients():
+            yield name, shard.float().cpu().clone()
+
+    def _local_gradients(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_local_grad
 
         for name, parameter in self.causal_lm.named_parameters():
-            shard = safe_get_local_grad(parameter).reshape(-1)
-            # The last ranks' parts are filled up to the size of the others.
-            own = min(max(parameter.ds_numel - self._world.rank * shard.numel(), 0), shard.numel())
-            yield name, shard[:own].float().cpu().clone()
+            if parameter.requires_grad:
+                yield name, self._own(parameter, safe_get_local_grad(parameter).reshape(-1))
+
+    def _own(self, parameter: Any, shard: Tensor) -> Tensor:
+        """A rank's part without what fills up the last ranks' parts to the size of the others."""
+        own = min(max(parameter.ds_numel - self._world.rank * shard.numel(), 0), shard.numel())
+        return shard[:own]
+
+    def has_finite_gradient(self) -> bool:
+        """Whether this rank's part of the gradient that the last backward completed holds nothing but numbers."""
+        return all(bool(shard.isfinite().all()) for _, shard in self._local_gradients())
+
+    def broken_weights(self) -> list[str]:
+        """Names of the parameters of which this rank's part holds something that is no finite number."""
+        parameters = self.causal_lm.named_parameters()
+        return [name for name, p in parameters if not self._own(p, p.ds_tensor.reshape(-1)).isfinite().all()]
 
     def clear_gradients(self) -> None:
         """Forget the backwards since the last step: the next one starts a gradient anew."""
@@ -236,6 +264,7 @@ class Engine:
         (folder / _SHARDS).mkdir(parents=True, exist_ok=True)
         for name, content in self.capture().files.items():
             write_file(folder / name, content)
+        collectives.barrier()
 
     def use_safe_files(self) -> None:
         """Load without pickle rights."""
@@ -246,20 +275,21 @@ class Engine:
         self._engine.checkpoint_engine.load = load
 
     def load(self, folder: Path) -> None:
-        """Weights and optimizer state of the same number of ranks."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_SHARDS, load_lr_scheduler_states=False)
-        if path is None:
-            raise ConfigError(f"{folder}: DeepSpeed finds no checkpoint in it")
+        """Take the state of a checkpoint, whatever number of ranks wrote it; for engines that train.
+
+        Raises ConfigError where its parameters or their groups are not this model's.
+        """
+        resharding.load(self._engine, folder / _SHARDS, rank=self._world.rank)
 
 
 def stored_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name as transformers knows it, float32 tensor) of every parameter of a checkpoint, one at a time."""
-    for name, value in zero.whole_parameters(checkpoint / _SHARDS):
+    """(name as transformers knows it, master weights) of every parameter of a checkpoint, one at a time."""
+    for name, value in resharding.whole_parameters(checkpoint / _SHARDS):
         yield name.removeprefix(_WRAPPED), value
 
 
 def stored_numel(checkpoint: Path) -> dict[str, int]:
-    return {name.removeprefix(_WRAPPED): n for name, n in zero.stored_numel(checkpoint / _SHARDS).items()}
+    return {name.removeprefix(_WRAPPED): n for name, n in resharding.stored_numel(checkpoint / _SHARDS).items()}
 
 
 def training_engine(config: RunConfig, world: World, initial: Path | None) -> Engine:
@@ -294,6 +324,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     used = {name: tree["zero_optimization"][name] for name in derived.values}
     if world.is_main:
         say(f"ZeRO-3 over {world.size:,} rank(s): {sharding.in_short(layers, used, derived, reduce_once)}")
+    zero.clear_padding(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
     result = Engine(engine, world, reduce_once=reduce_once, settings=settings)

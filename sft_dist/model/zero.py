@@ -1,7 +1,6 @@
-"""ZeRO-3 shards as plain facts: whole parameters from checkpoint shards, and values into sharded parameters.
+"""ZeRO-3 parameters as plain facts: whole values into shards and out of them, and shard files without pickle rights.
 
-With model/engine.py the only module that knows DeepSpeed. Shard files are read with weights_only, memory-mapped, one
-parameter at a time.
+With model/engine.py the only module that imports DeepSpeed; what lies in shard files is model/resharding.py's.
 """
 
 import math
@@ -32,37 +31,6 @@ def safe_load(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     return content
 
 
-def whole_parameters(shards_dir: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, float32 tensor) of every parameter of a ZeRO-3 checkpoint, joined from all ranks' shards.
-
-    Layout: each rank holds ceil(numel / W) elements of every parameter, in the order of `param_shapes`
-    (Rajbhandari et al., "ZeRO", 2020, section 5.3; DeepSpeed's zero_to_fp32 reads the same layout).
-    """
-    model_files = sorted(shards_dir.glob("zero_pp_rank_*_model_states.pt"), key=_rank_of)
-    optim_files = sorted(shards_dir.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
-    if not model_files or len(model_files) != len(optim_files):
-        raise StorageError(f"{shards_dir}: {len(model_files)} model shards and {len(optim_files)} optimizer shards")
-    groups = [
-        safe_load(file)["optimizer_state_dict"]["fp32_flat_groups"] for file in optim_files
-    ]  # [rank][sub-group] float32 [n]
-    shapes = {name: shape for group in safe_load(model_files[0])["param_shapes"] for name, shape in group.items()}
-    sub_group, offset = 0, 0
-    for name, shape in shapes.items():
-        numel = math.prod(shape)
-        per_rank = -(-numel // len(groups))
-        if offset >= groups[0][sub_group].numel():
-            sub_group, offset = sub_group + 1, 0
-        parts = [rank_groups[sub_group][offset : offset + per_rank] for rank_groups in groups]
-        yield name, torch.cat(parts)[:numel].view(shape)
-        offset += per_rank
-
-
-def stored_numel(shards_dir: Path) -> dict[str, int]:
-    """Elements of every parameter of a checkpoint, by name, without reading any."""
-    first = min(shards_dir.glob("zero_pp_rank_*_model_states.pt"), key=_rank_of)
-    return {name: math.prod(shape) for group in safe_load(first)["param_shapes"] for name, shape in group.items()}
-
-
 def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
     """Write whole values into a model's parameters, sharded or not; every rank copies only its own part.
 
@@ -84,6 +52,19 @@ def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
         seen.add(name)
     if missing := sorted(set(parameters) - seen):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
+
+
+def clear_padding(model: nn.Module) -> None:
+    """Zero what fills the last ranks' shards up to the size of the others, which DeepSpeed leaves as memory has it.
+
+    Zeros stay zeros in every step, so that equal states are equal byte for byte.
+    """
+    import torch.distributed as dist
+
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            shard = parameter.ds_tensor
+            shard.view(-1)[max(numel(parameter) - dist.get_rank() * shard.numel(), 0) :].zero_()
 
 
 def release(model: nn.Module) -> None:
@@ -154,7 +135,3 @@ def _write(parameter: nn.Parameter, value: Tensor) -> None:
     mine = value.reshape(-1)[first : first + shard.numel()]
     shard.zero_()
     shard[: mine.numel()].copy_(mine)
-
-
-def _rank_of(path: Path) -> int:
-    return int(path.name.split("zero_pp_rank_")[1].split("_")[0])

@@ -11,7 +11,7 @@ its files before any of them touches the engine. saving.py writes them, retentio
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, StorageError, say
 from sft_dist.train.files import write_json
 from sft_dist.train.integrity import fault_of_files
+from sft_dist.train.numbers import History
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -40,6 +41,12 @@ class TrainState:
     heldout_nll_best: float | None = None
     heldout_best_step: int | None = None
     heldout_nll_last: float | None = None
+    history: History = field(default_factory=History)  # losses, steps left out and rollbacks
+
+    def __post_init__(self) -> None:
+        history: Any = self.history
+        if isinstance(history, dict):  # as a manifest has it
+            object.__setattr__(self, "history", History.read(history))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,88 +1,236 @@
-"""What a resumed run must share with the checkpoint it continues, and the exact difference where it does not."""
+"""What a resumed run must share with the checkpoint it continues, and the exact difference where it does not.
+
+Every checkpoint's manifest holds `facts` of the run that wrote it. What changes the numbers or the samples of a step is
+a difference under a key of the run file, and is refused unless checkpoint.allow_changed names that key; what changes
+only rounding or is not read again is said. Files are compared by content: a run may move.
+"""
 
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
+
 from sft_dist import __version__
-from sft_dist.config import RunConfig, flatten
+from sft_dist.config import RunConfig, flatten, may_change
+from sft_dist.data.plan import Plan
 from sft_dist.data.store import PreparedDataset
+from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError
-from sft_dist.model.engine import compute_dtype
+from sft_dist.model.engine import compute_dtype, states_dtype
+from sft_dist.model.loading import weights_fingerprint
 from sft_dist.train.checkpoint import Checkpoint
 
-# Keys of the run file that change which numbers a run computes. All others may change between stop and resume.
-_MATHEMATICS = (
-    "seed",
-    "model.dtype",
-    "model.control_tokens",
-    "data.max_length",
-    "data.overflow",
-    "data.deduplicate",
-    "objective.",
-    "batch.global_packs",
-    "batch.balance_steps",
-    "optimizer.",
-    "schedule.",
-)
 # Of the model's configuration, what describes the file and not the function.
-_NOT_MATHEMATICS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+_NOT_MATHEMATICS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
+# Of those, the ones whose next minor version may round otherwise.
+_ARITHMETIC = ("torch", "deepspeed", "transformers")
+# Keys of the run file that decide what a record becomes.
+_RENDERING = ("model.control_tokens", "data.template_kwargs", "data.date")
+# Of tokenizer.json, what every text that is encoded here ignores.
+_NOT_ENCODING = {"truncation", "padding", "version"}
+
+Difference = tuple[str, str]  # key of the run file that may allow it, the line that names it
 
 
 def facts(
-    config: RunConfig, dataset: PreparedDataset, heldout: PreparedDataset | None, model_config: Any
+    config: RunConfig, dataset: PreparedDataset, heldout: PreparedDataset | None, model_config: Any, plan: Plan
 ) -> dict[str, Any]:
-    """What goes into every checkpoint's manifest about the run that wrote it."""
+    """What goes into every checkpoint's manifest about the run that wrote it, as JSON gives it back."""
     tree = model_config.to_dict()
-    model = {key: value for key, value in tree.items() if key not in _NOT_MATHEMATICS}
-    return {
+    found = {
         "config": flatten(config.model_dump(mode="json")),
         "dtype": str(compute_dtype(config.model)).removeprefix("torch."),
-        "data": dataset.folder.name,  # content-addressed
-        "mixture": [[source.repeat, source.weight] for source in config.data.train],
-        "heldout": None if heldout is None else heldout.folder.name,
+        "states": str(states_dtype(config)).removeprefix("torch."),
+        "data": {
+            "samples": _samples_digest(dataset),
+            "sources": [
+                {"path": item["path"], "sha256": item["sha256"], "repeat": source.repeat, "weight": source.weight}
+                for item, source in zip(dataset.manifest["sources"], config.data.train, strict=True)
+            ],
+        },
+        "first_step": _digest(repr([tuple(map(int, pack)) for pack in plan.packs(0)]).encode()),
+        "heldout": None if heldout is None else _samples_digest(heldout),
+        "tokenizer": _tokenizer(config),
         "template": dataset.manifest["template"],
         "stop_ids": dataset.manifest["stop_ids"],
-        "model": hashlib.sha256(json.dumps(model, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "model": {key: value for key, value in tree.items() if key not in _NOT_MATHEMATICS},
+        "weights": weights_fingerprint(config.model.path, model_config),
         "trust_remote_code": config.model.trust_remote_code,
         "versions": {"sft_dist": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
     }
+    as_json: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return as_json
 
 
-def check(checkpoint: Checkpoint, now: dict[str, Any], *, allow_changed: Sequence[str]) -> None:
-    """Raise ConfigError that names every difference which would change the mathematics."""
+def check(
+    checkpoint: Checkpoint, now: Mapping[str, Any], *, world_size: int, allow_changed: Sequence[str]
+) -> list[str]:
+    """What else is worth saying. Raises ConfigError that names every difference which is not allowed."""
     before = checkpoint.manifest
-    pairs = {
-        key: (before["config"].get(key), now["config"].get(key))
-        for key in sorted(before["config"].keys() | now["config"].keys())
-        if key.startswith(_MATHEMATICS)
-    }
-    pairs["data.train (repeat, weight)"] = (before["mixture"], now["mixture"])
-    pairs["data"] = (before["data"], now["data"])
-    pairs["model"] = (before["model"], now["model"])
-    pairs["model.dtype (resolved)"] = (before["dtype"], now["dtype"])  # auto is another one on another machine
-    changed = [
-        f"  {key}: {old!r} in the checkpoint, {new!r} now"
-        for key, (old, new) in pairs.items()
-        if old != new and not {key, key.partition(" (")[0]} & set(allow_changed)
-    ]
-    if changed:
+    if unknown := sorted(now.keys() - before.keys()):
         raise ConfigError(
-            f"{checkpoint.folder} was written under another run file:\n" + "\n".join(changed) + "\n"
+            f"{checkpoint.folder}: its manifest says nothing of {', '.join(unknown)}: written by another version of "
+            "sft-dist; go on with that one, or take its weights with model.init_from"
+        )
+    changed = [line for key, line in differences(before, now) if key not in allow_changed]
+    if changed:
+        lines = "".join(f"\n  {line}" for line in changed)
+        raise ConfigError(
+            f"{checkpoint.folder} was written under another run file:{lines}\n"
             "  restore these, or start anew (checkpoint.resume=never with another run_dir), or name the keys in "
             "checkpoint.allow_changed"
         )
+    return notes(before, now, world_size=world_size)
 
 
-def check_world_size(checkpoint: Checkpoint, world_size: int) -> None:
-    written_by = checkpoint.manifest["world_size"]
-    if written_by != world_size:
-        raise ConfigError(
-            f"{checkpoint.folder} was written by {written_by} ranks, this run has {world_size}; resuming on another "
-            "number of ranks is not built yet: start as many, or take the weights alone with model.init_from"
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Everything that would change the samples or the numbers of the steps to come."""
+    old, new = before["config"], now["config"]
+    found = [
+        (key, _pair(key, old.get(key), new[key]))
+        for key in sorted(new)
+        if not may_change(key) and key != "model.dtype" and old.get(key) != new[key]
+    ]
+    for key, name, fact in (
+        ("model.dtype", "model.dtype (resolved)", "dtype"),  # auto is another one on another machine
+        ("deepspeed", "deepspeed (master weights and moments)", "states"),
+    ):
+        if before[fact] != now[fact]:
+            found.append((key, _pair(name, before[fact], now[fact])))
+    rendering = _of_tokenizer(before["tokenizer"], now["tokenizer"]) + _of_template(before["template"], now["template"])
+    is_explained = bool(rendering) or any(key in _RENDERING for key, _ in found)
+    found += _of_model(before, now) + rendering + _of_data(before, now, is_explained=is_explained)
+    if not found and before["first_step"] != now["first_step"]:
+        # The same of everything, and yet another order: of another numpy, or packed by other code.
+        found.append(("seed", f"the order of samples: other ones in step 1 than before ({_versions(before, now)})"))
+    return found
+
+
+def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, world_size: int) -> list[str]:
+    """What changes no sample, and numbers at most in their last bits."""
+    found = []
+    if before["world_size"] != world_size:
+        found.append(
+            f"note: written by {before['world_size']} ranks, going on with {world_size}: the same samples in every "
+            "step, sums in another order, other draws of dropout"
         )
+    minor = {
+        name: (before["versions"].get(name), now["versions"].get(name))
+        for name in _ARITHMETIC
+        if _minor(before["versions"].get(name)) != _minor(now["versions"].get(name))
+    }
+    if minor:
+        listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in minor.items())
+        found.append(f"note: other versions than in the checkpoint ({listed}): results may differ in rounding")
+    if before["weights"] != now["weights"]:
+        found.append(
+            "note: model.path holds other weights than this run started from; they are not used: all weights, frozen "
+            "ones too, come from the checkpoint"
+        )
+    return found
+
+
+def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    old, new = flatten(before["model"]), flatten(now["model"])
+    names = old.keys() | new.keys()
+    if before["versions"].get("transformers") != now["versions"].get("transformers"):
+        names = old.keys() & new.keys()  # a version writes keys that another does not know
+    return [
+        ("model.path", _pair(f"model.path (config.json {name})", old.get(name), new.get(name)))
+        for name in sorted(names)
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _of_tokenizer(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    return [
+        ("model.path", _pair(f"model.path (tokenizer: {name})", before.get(name), now.get(name)))
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _of_template(before: str | None, now: str | None) -> list[Difference]:
+    if before == now:
+        return []
+    pairs = zip_longest((before or "").splitlines(), (now or "").splitlines())
+    number, (old, new) = next((n, pair) for n, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+    return [("data.chat_template", _pair(f"data.chat_template (line {number} of the template)", old, new))]
+
+
+def _of_data(before: Mapping[str, Any], now: Mapping[str, Any], *, is_explained: bool) -> list[Difference]:
+    old, new = before["data"], now["data"]
+    pairs = list(zip_longest(old["sources"], new["sources"]))
+    found = []
+    for number, (was, source) in enumerate(pairs):
+        name = f"data.train[{number}]"
+        if was is None or source is None:
+            found.append(_pair(name, was and was["path"], source and source["path"]))
+            continue
+        found += [
+            _pair(f"{name}.{key} ({source['path']})", was[key], source[key])
+            for key in ("repeat", "weight")
+            if was[key] != source[key]
+        ]
+        if old["samples"] != new["samples"] and was["sha256"] != source["sha256"]:
+            found.append(
+                _pair(f"{name} ({source['path']}): content, sha256", was["sha256"][:16], source["sha256"][:16])
+            )
+    if not found and not is_explained and old["samples"] != new["samples"]:
+        found.append(f"data.train: the same files become other samples than before ({_versions(before, now)})")
+    return [("data.train", line) for line in found]
+
+
+def _pair(name: str, old: Any, new: Any) -> str:
+    return f"{name}: {_shown(old)} in the checkpoint, {_shown(new)} now"
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+def _versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    old, new = before["versions"], now["versions"]
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    return ", ".join(changed) or "other code of the same versions"
+
+
+def _minor(text: str | None) -> tuple[str, ...]:
+    return tuple((text or "").split(".")[:2])
+
+
+def _samples_digest(dataset: PreparedDataset) -> str:
+    """Of what the plan and the targets follow from: contents, lengths, order, spans, weights; not the tokens.
+
+    With the tokenizer's and the template's identity it stands for the tokens, and costs some 60 bytes a sample to read.
+    """
+    spans = dataset.spans
+    columns = [dataset.column(name) for name in ("digest", "index", "weight")]
+    columns += [dataset.lengths, spans.sample, spans.output_start, spans.output_end, spans.train, spans.weight]
+    return _digest(*(np.ascontiguousarray(column).view(np.uint8) for column in columns))
+
+
+def _tokenizer(config: RunConfig) -> dict[str, Any]:
+    """Its parts by name: digests of the sections of tokenizer.json, and special tokens as they are."""
+    tokenizer = load_tokenizer(config.model)
+    sections = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts: dict[str, Any] = {
+        name: _digest(json.dumps(section, sort_keys=True).encode())
+        for name, section in sections.items()
+        if name not in _NOT_ENCODING
+    }
+    return parts | {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+
+
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -6,15 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sft_dist import faults
 from sft_dist.config import RunConfig
 from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Selection
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.model.engine import Engine
-from sft_dist.train import objective
+from sft_dist.model.fused_head import LossTerms, TokenValues
+from sft_dist.train import objective, out_of_memory
 from sft_dist.train.details import Details
-from sft_dist.train.feeding import Feed, micro_batches
+from sft_dist.train.feeding import Feed, MicroBatch, micro_batches
 from sft_dist.train.meter import PhaseClock
 
 
@@ -29,8 +31,11 @@ def accumulate_gradient(
     *,
     feed: Feed | None = None,
     clock: PhaseClock | None = None,
+    own_losses: list[Tensor] | None = None,
 ) -> tuple[float, float]:
     """All forwards and backwards of one step; returns its loss and its NLL over all ranks, and fills in `details`.
+
+    `own_losses` receives Σ w ℓ of each micro-batch of this rank, a scalar on the device that nobody waits for.
 
     The loss is what is stepped on; the NLL has the same weights, and no label smoothing and z-loss.
     docs/objective.md, section 5. Without a `feed` the micro-batches are made here. The host waits for the device once,
@@ -44,18 +49,21 @@ def accumulate_gradient(
     read: Callable[[], list[float]] = sums.tolist
     clock.enter("data")
     for micro_batch in source if feed is None else feed.step(step):
-        clock.enter("forward")
-        _seed_noise(config.seed, step, micro_batch.number, world.rank)
-        batch = micro_batch.batch.to(engine.device)
-        loss, values = engine.loss(batch, terms, with_top=details is not None)
-        nll = loss.detach()
-        if not objective.is_plain(config.objective):
-            nll = objective.weighted_nll(values.logprob, batch)
-        sums += torch.stack([loss.detach(), nll])
-        if micro_batch.is_last:
-            read = _copy_to_host(sums)
-        clock.enter("backward")
-        engine.backward(loss / denominator, is_last=micro_batch.is_last)
+        what = f"step {step + 1}, micro-batch {micro_batch.number + 1}"
+        with out_of_memory.explained(what, rank=world.rank, config=config, examples=micro_batch.examples):
+            clock.enter("forward")
+            loss, values = forward(engine, micro_batch, terms, config.seed, world.rank, with_top=details is not None)
+            nll = loss.detach()
+            if not objective.is_plain(config.objective):
+                nll = objective.weighted_nll(values.logprob, micro_batch.batch)
+            sums += torch.stack([loss.detach(), nll])
+            if own_losses is not None:
+                own_losses.append(loss.detach())
+            if micro_batch.is_last:
+                read = _copy_to_host(sums)
+            clock.enter("backward")
+            faults.reach("step.before_backward", rank=world.rank, step=step + 1)
+            engine.backward(loss / denominator, is_last=micro_batch.is_last)
         if details is not None:
             clock.enter("other")
             details.add(micro_batch.examples, values)
@@ -65,6 +73,21 @@ def accumulate_gradient(
         details.reduce()
     total_loss, total_nll = collectives.all_sum(read())
     return total_loss / denominator, total_nll / denominator
+
+
+def forward(
+    engine: Engine, micro_batch: MicroBatch, terms: LossTerms, seed: int, rank: int, *, with_top: bool = False
+) -> tuple[Tensor, TokenValues]:
+    """Σ w ℓ of one micro-batch, with the dropout and noise of its place in the run, and the values of its tokens."""
+    step = micro_batch.step + 1
+    faults.reach("step.before_forward", rank=rank, step=step)
+    _seed_noise(seed, micro_batch.step, micro_batch.number, rank)
+    loss, values = engine.loss(micro_batch.batch, terms, with_top=with_top)
+    if micro_batch.examples and faults.spoils("step.loss", rank=rank, step=step):
+        loss = loss * torch.nan
+    if micro_batch.examples and faults.spoils("step.gradient", rank=rank, step=step):
+        loss = loss + (loss * 0).sqrt() * 0  # the same value; its derivative is 0 times infinity
+    return loss, values
 
 
 def _copy_to_host(values: Tensor) -> Callable[[], list[float]]:

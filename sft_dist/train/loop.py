@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sft_dist import faults
 from sft_dist.config import RunConfig
 from sft_dist.data.cost import BY_TOKENS
 from sft_dist.data.packing import Pack
@@ -18,16 +19,18 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.selection import Selection
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
-from sft_dist.errors import ExitCode, TrainingError
+from sft_dist.errors import ExitCode
 from sft_dist.model import probe
 from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
-from sft_dist.train import objective
+from sft_dist.train import objective, out_of_memory
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.feeding import Feed, micro_batches
+from sft_dist.train.goodput import Timeline
 from sft_dist.train.gradient import accumulate_gradient
+from sft_dist.train.guard import Gradient, Guard
 from sft_dist.train.interrupt import StopRequest
 from sft_dist.train.meter import Meter, PhaseClock, shares_line
 from sft_dist.train.metrics import Metrics, step_line
@@ -80,13 +83,16 @@ class Run:
         self._facts = facts
         self._profile = profile
         self._meter = _meter(config, engine, plan, metrics)
-        self._probe = probe.choose(selection.dataset, config.data.max_length)
+        self._timeline = Timeline(Path(config.run_dir), is_main=world.is_main)
         self._saver = Saver(config.checkpoint, Path(config.run_dir), world, engine, state, metrics)
+        self._guard = Guard(config, world, engine, selection, plan, metrics, self._meter.clock, self._saver)
+        self._probe = probe.choose(selection.dataset, config.data.max_length)
 
     def train(self) -> Result:
         """Take all steps that are left. Raises TrainingError when the numbers break."""
         difference = probe.check(self.engine, self._probe)
         self.metrics.say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
+        self._timeline.mark("startup", step=self.state.step)
         if self.state.step == 0:
             self._evaluate(0)
         steps = range(self.state.step, self.plan.num_steps)
@@ -103,6 +109,7 @@ class Run:
             self._meter.clock.begin(step)
             self._record_times()
             self._step(step, feed)
+            self._timeline.mark("step", step=step + 1)
             if self._profile is not None:
                 self._profile.step_ended()
             self._meter.clock.enter("checkpoint")
@@ -129,21 +136,23 @@ class Run:
         every = config.logging.details_every
         details = Details(self.selection.source_names) if every and (step + 1) % every == 0 else None
         clock = self._meter.clock
-        loss, nll = accumulate_gradient(
-            self.engine, self.selection, self.plan, step, config, self.world, details, feed=feed, clock=clock
-        )
-        if not math.isfinite(loss):
-            raise TrainingError(f"step {step + 1}: the loss is {loss}; the step was not taken{self._advice()}")
-        applied, grad_norm = self.engine.step()
-        if not applied or not math.isfinite(grad_norm):
-            raise TrainingError(
-                f"step {step + 1}: the gradient norm is {grad_norm} and the step cannot be used "
-                f"(loss {loss:.4f}){self._advice()}"
-            )
+        own_losses: list[torch.Tensor] = []
+        with out_of_memory.explained(f"step {step + 1}", rank=self.world.rank, config=config):
+            loss, nll = accumulate_gradient(
+                self.engine, self.selection, self.plan, step, config, self.world, details,
+                feed=feed, clock=clock, own_losses=own_losses,
+            )  # fmt: skip
+        outcome = self._guard.take(step, Gradient(loss, own_losses), self.state)
+        self.state = outcome.state
         clock.enter("other")
-        self._finish_step(loss, nll, grad_norm, rate, time.monotonic() - started)
-        if details is not None:
-            self.metrics.record("train_details", step + 1, **details.as_dict())
+        step_s = time.monotonic() - started
+        if outcome.grad_norm is None:
+            self.state = replace(self.state, train_time_s=self.state.train_time_s + step_s)
+        else:
+            self._finish_step(loss, nll, outcome.grad_norm, rate, step_s)
+            if details is not None:
+                self.metrics.record("train_details", step + 1, **details.as_dict())
+        faults.reach("step.after_step", rank=self.world.rank, step=step + 1)
 
     def _finish_step(self, loss: float, nll: float, grad_norm: float, rate: float, step_s: float) -> None:
         step, plan = self.state.step, self.plan
@@ -193,16 +202,20 @@ class Run:
             return
         self._meter.clock.enter("evaluate")
         config = self.config
-        details = heldout_details(
-            self.engine,
-            self.heldout.selection,
-            self.heldout.packs,
-            self.world,
-            config.batch.packs_per_micro_batch,
-        )
+        with out_of_memory.explained(f"evaluation after step {step}", rank=self.world.rank, config=config):
+            details = heldout_details(
+                self.engine,
+                self.heldout.selection,
+                self.heldout.packs,
+                self.world,
+                config.batch.packs_per_micro_batch,
+            )
+        self._timeline.mark("evaluate", step=step)
         nll, accuracy = details.all.nll, details.all.accuracy
         if not math.isfinite(nll):
-            raise TrainingError(f"the held-out NLL at step {step:,} is {nll}{self._advice()}")
+            self._guard.heldout(nll, self.heldout.selection, self.heldout.packs, step)
+            self._meter.clock.enter("other")
+            return
         self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
         for line in details.lines():
             self.metrics.say(line)
@@ -241,9 +254,15 @@ class Run:
                 "samples": [example.sample.ids.tolist() for example in self._probe],
                 "logprobs": probe.logprobs(self.engine, self._probe),
             }
-            self._saver.begin(self.state, self._facts | {"probe": record}, wait=wait)
+            self._saver.begin(
+                self.state,
+                self._facts | {"probe": record},
+                protected=self._guard.last_regular(self.state),
+                wait=wait,
+            )
         if wait:
             self._saver.finish()
+        self._timeline.mark("checkpoint", step=self.state.step)
         self._meter.clock.enter("other")
 
     def _record_times(self) -> None:
@@ -260,11 +279,6 @@ class Run:
             self.metrics.say(f"time: {shares}")
         if self._profile is not None:
             self._profile.close()
-
-    def _advice(self) -> str:
-        last = self._saver.published_step
-        where = "no checkpoint is saved yet" if last is None else f"the last good checkpoint is step {last:,}"
-        return f"; {where}; a lower optimizer.learning_rate or model.dtype: float32 may help"
 
     def _result(self, exit_code: ExitCode, reason: str) -> Result:
         state, plan = self.state, self.plan
@@ -296,6 +310,10 @@ class Run:
             "heldout_nll_before": state.heldout_nll_before,
             "heldout_nll_best": state.heldout_nll_best,
             "heldout_nll_after": state.heldout_nll_last,
+            "skipped_steps": state.history.skipped,
+            "rollbacks": state.history.rollbacks,
+            "untrained_steps": state.history.untrained,
+            "loss_spikes": state.history.num_alarms,
         }
         return Result(exit_code, reason, state, summary)
 

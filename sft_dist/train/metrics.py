@@ -37,7 +37,8 @@ class Metrics:
 
         Kinds: `train` (one a step), `train_time` (one a step, once the next has begun), `train_details` (every
         logging.details_every steps), `heldout` and `heldout_details` (one an evaluation), `checkpoint` (one that is
-        published). Details are nested as `Details.as_dict` says.
+        published), and where numbers went wrong `skipped`, `heldout_skipped`, `spike` and `rollback`. Details are
+        nested as `Details.as_dict` says.
         """
         if self._file is None:
             return

@@ -5,6 +5,7 @@ from typing import Any
 
 from sft_dist.config import RunConfig
 from sft_dist.errors import ConfigError
+from sft_dist.train import goodput
 from sft_dist.train.checkpoint import checkpoints_dir
 from sft_dist.train.files import write_json
 from sft_dist.train.lock import RunLock
@@ -27,11 +28,19 @@ def take(run_dir: Path) -> RunLock:
     return lock
 
 
-def write_outcome(run_dir: Path, *, exit_code: int, reason: str, step: int | None, checkpoint: str | None) -> None:
-    """How the run ended, for requeue and status, written before any rank leaves."""
-    write_json(
-        run_dir / OUTCOME, {"exit_code": int(exit_code), "reason": reason, "step": step, "checkpoint": checkpoint}
-    )
+def write_outcome(
+    run_dir: Path,
+    *,
+    exit_code: int,
+    reason: str,
+    step: int | None,
+    checkpoint: str | None,
+    times: goodput.Account | None = None,
+) -> None:
+    """How the run ended, for requeue and status, written before any rank leaves; `times` where the end is noted."""
+    times = times or goodput.end(run_dir, exit_code)
+    outcome = {"exit_code": int(exit_code), "reason": reason, "step": step, "checkpoint": checkpoint}
+    write_json(run_dir / OUTCOME, outcome | {"goodput": times.goodput, "recovery_s": times.recovery_s})
 
 
 def portable(config: RunConfig) -> dict[str, Any]:

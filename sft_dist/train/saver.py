@@ -45,9 +45,12 @@ class Saver:
         self._check_room()
         self._is_asynchronous = self._choose()
 
-    def begin(self, state: TrainState, facts: dict[str, Any], *, wait: bool = False) -> None:
-        """A checkpoint of the engine as it is now, once for every step; with `wait`, or if not asynchronous, published
-        when this returns."""
+    def begin(self, state: TrainState, facts: dict[str, Any], *, protected: int = 0, wait: bool = False) -> None:
+        """A checkpoint of the engine as it is now, once for every step.
+
+        With `wait`, or if not asynchronous, it is published when this returns. That of step `protected`, if there is
+        one, outlives it beside the best one and the one that was resumed from.
+        """
         self.finish()
         if self.begun_step == state.step:
             return
@@ -59,7 +62,7 @@ class Saver:
             snapshot, submit = self._memory.copy(snapshot), self._thread.submit
         self._saving = Saving(
             self._run_dir, state, self._world, snapshot, facts, submit=submit,
-            tidy=lambda published: self._tidy(published, state),
+            tidy=lambda published: self._tidy(published, state, protected),
         )  # fmt: skip
         self.begun_step = state.step
         self._stall_s = time.monotonic() - started
@@ -101,7 +104,7 @@ class Saver:
             "checkpoint", step, num_bytes=saved.checkpoint.num_bytes, save_s=saved.seconds, stall_s=self._stall_s
         )
 
-    def _tidy(self, published: Checkpoint, state: TrainState) -> list[retention.Removal]:
+    def _tidy(self, published: Checkpoint, state: TrainState, protected: int) -> list[retention.Removal]:
         best = state.heldout_best_step if self._config.keep_best else None
         mark_best(self._run_dir, replace(state, heldout_best_step=best))
         keep_gib = self._config.keep_gib
@@ -110,7 +113,7 @@ class Saver:
             published=published.step,
             keep=self._config.keep,
             keep_bytes=None if keep_gib is None else int(keep_gib * _GIB),
-            protected={step for step in (best, self._resumed) if step is not None},
+            protected={step for step in (best, self._resumed, protected) if step is not None},
         )
 
     def _check_room(self) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from sft_dist import faults
 from sft_dist.config import BatchConfig, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import prepare
@@ -34,6 +36,8 @@ from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, score_pack, scoring_packs
 from sft_dist.train.gradient import accumulate_gradient
+from sft_dist.train.meter import PhaseClock
+from sft_dist.train.offenders import Search
 
 MAX_LENGTH = 384
 
@@ -297,6 +301,70 @@ def heldout(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     return heldout_details(engine, selection, scoring_packs(selection), world, case["per_forward"]).as_dict()
 
 
+def discarded_step(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """State and next gradient around a step that rank 1 breaks, and the same in an engine that never had that step."""
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    answers: dict[str, Any] = {}
+    for name in ("broken", "never"):
+        engine = engines.training_engine(config, world, None)
+        engine.train()
+        engine.set_lr(0.01)
+        accumulate_gradient(engine, selection, plan, 0, config, world)
+        engine.step()
+        answers[f"{name}: before"] = _optimizer_state(engine)
+        if name == "broken":
+            with mock.patch.dict(os.environ, {faults.VARIABLE: f"{case['fault']}:rank=1:step=2:nan"}):
+                answers["loss"], _ = accumulate_gradient(engine, selection, plan, 1, config, world)
+            if case["fault"] == "step.loss":
+                engine.clear_gradients()
+            else:
+                answers["is_applied"], answers["norm"] = engine.step()
+        answers[f"{name}: after"] = _optimizer_state(engine)
+        accumulate_gradient(engine, selection, plan, 2, config, world)
+        answers[f"{name}: gradient"] = dict(engine.local_gradients())
+        answers[f"{name}: norm"] = engine.step()[1]
+        answers[f"{name}: end"] = _optimizer_state(engine)
+        answers["settings"] = engine.settings
+        engine.close()
+    return answers
+
+
+def _optimizer_state(engine: engines.Engine) -> dict[str, torch.Tensor]:
+    optimizer = engine._engine.optimizer
+    tensors = {f"weight {n}": t.detach().clone() for n, t in enumerate(optimizer.fp32_partitioned_groups_flat)}
+    tensors |= {f"shard {name}": p.ds_tensor.clone() for name, p in engine.causal_lm.named_parameters()}
+    for n, state in enumerate(optimizer.optimizer.state.values()):
+        tensors |= {f"{key} {n}": value.clone() for key, value in state.items()}
+    return tensors
+
+
+def offenders_found(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Reports on a loss that breaks once, on held-out data whose embedding breaks, and on weights that are broken."""
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    engine = engines.training_engine(config, world, None)
+    own_losses = [torch.tensor(float("nan") if world.rank == 1 else 1.0)]
+    search = Search(engine, config, world, PhaseClock(engine.device))
+    step = partial(search.step, "the loss", 0, selection, plan, own_losses)
+    heldout_data = partial(search.heldout, "the NLL", 4, selection, scoring_packs(selection))
+    answers = {"finite again": step(), "finite heldout": heldout_data()}
+
+    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == case["token"])[..., None], torch.nan)
+
+    with engine.causal_lm.get_input_embeddings().register_forward_hook(spoil):
+        answers["heldout"] = heldout_data()
+    if world.rank == 1:
+        name, parameter = list(engine.causal_lm.named_parameters())[2]
+        parameter.ds_tensor.data[3] = torch.inf
+    answers["weights"] = step()
+    answers["name"] = collectives.gather(name if world.rank == 1 else "")[1]
+    return {key: str(value) for key, value in answers.items()} | {
+        "ids": [offender.id for offender in answers["heldout"].offenders]
+    }
+
+
 CASES = {
     "gradient": gradient,
     "repeated_gradient": repeated_gradient,
@@ -308,15 +376,17 @@ CASES = {
     "full_disk": full_disk,
     "objective": objective,
     "heldout": heldout,
+    "discarded_step": discarded_step,
+    "offenders_found": offenders_found,
 }
 
 
-def main() -> None:
+def main(cases: dict[str, Callable[[dict[str, Any], Path, World], Any]]) -> None:
     folder = Path(sys.argv[1])
     world = find_world(os.environ)
     open_session(world)
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
-        answer = CASES[case["case"]](case, folder, world)
+        answer = cases[case["case"]](case, folder, world)
         if world.is_main:
             torch.save(answer, folder / f"answer-{number}.pt")
     close_session()
@@ -326,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CASES)

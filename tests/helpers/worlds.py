@@ -63,11 +63,13 @@ def run_ranks(
     ]
 
 
-def run_world(size: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[Any]:
-    """The answers of the named cases, computed by `size` ranks in one world."""
+def run_world(
+    size: int, cases: Sequence[dict[str, Any]], folder: Path, *, module: str = "tests.helpers.world_cases"
+) -> list[Any]:
+    """The answers of the named cases of a module, computed by `size` ranks in one world."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(list(cases)))
-    done = run_ranks(size, ["-m", "tests.helpers.world_cases", str(folder)])
+    done = run_ranks(size, ["-m", module, str(folder)])
     for rank, process in enumerate(done):
         assert process.returncode == 0, f"rank {rank} of {size}:\n{process.stdout[-4000:]}"
     return [torch.load(folder / f"answer-{number}.pt") for number in range(len(cases))]

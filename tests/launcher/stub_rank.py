@@ -6,6 +6,8 @@ and process ids) once its signal handlers are in place, then does what the overr
     deaf      stay, whatever the signal
     exit:C    end with code C; a file RUN_DIR/go is waited for first
     startup   stay without any handler, as in the first seconds of Python
+    lives:A,B,...   A in the first start, B after one restart, ...; the last in all that follow. RUN_DIR/starts has a
+                    line of rank 0 for each; `new:C` is exit:C after a new checkpoint
 `outcome=C` has rank 0 write outcome.json with that exit code before it ends; `helper=1` gives each rank a child.
 """
 
@@ -27,7 +29,10 @@ def main() -> int:
     if verb == "config":
         return config(options, run_dir)
     rank = int(os.environ["RANK"])
-    action, _, code = options.get(f"rank{rank}", options.get("all", "exit:0")).partition(":")
+    wish = options.get(f"rank{rank}", options.get("all", "exit:0"))
+    if wish.startswith("lives:"):
+        wish = life(wish.removeprefix("lives:").split(","), run_dir, rank)
+    action, _, code = wish.partition(":")
     received: list[int] = []
     if action != "startup":
         for signum in SIGNALS:
@@ -44,6 +49,20 @@ def main() -> int:
         write(run_dir / "outcome.json", {"exit_code": int(options["outcome"]), "reason": reason, "step": 3})
     print(f"rank {rank} leaves, received {[signal.Signals(number).name for number in received]}", flush=True)
     return int(code) if action == "exit" else 75
+
+
+def life(wishes: list[str], run_dir: Path, rank: int) -> str:
+    """What this start is to do; rank 0 notes the start, and publishes a checkpoint where one is asked for."""
+    number = os.environ.get("SFT_DIST_RESTART")
+    wish = wishes[min(int(number or 0), len(wishes) - 1)]
+    if rank == 0:
+        with (run_dir / "starts").open("a") as file:
+            file.write(json.dumps({"pid": os.getpid(), "restart": number, "port": os.environ["MASTER_PORT"]}) + "\n")
+        if wish.startswith("new:"):
+            folder = run_dir / "checkpoints" / "step-00000007"
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder / "manifest.json", {})
+    return wish.replace("new:", "exit:")
 
 
 def config(options: dict[str, str], run_dir: Path) -> int:

@@ -1,12 +1,16 @@
 """Settings that follow from the model: what they must satisfy for any model, and that they reach DeepSpeed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft_dist.config import ModelConfig, RunConfig
+from sft_dist.errors import ConfigError
+from sft_dist.model import engine as engines
 from sft_dist.model import sharding
 from sft_dist.model.engine import deepspeed_folder
 from sft_dist.model.sharding import Shapes, training_settings
@@ -196,3 +200,14 @@ def test_a_checkpoint_of_many_optimizer_tiles_holds_the_parameters(answers: dict
     whole, saved = answers["parameters"]["parameters"], answers["parameters"]["saved"]
     assert whole.keys() == saved.keys()
     assert all(torch.equal(saved[name], value.float()) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_states_outside_the_checkpoints_are_refused_before_a_run_that_could_not_be_resumed(
+    tmp_path: Path, part: str
+) -> None:
+    file = tmp_path / "nvme.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, part: {"device": "nvme", "nvme_path": "/x"}}}))
+    config = RunConfig(run_dir="unused", model=ModelConfig(path="unused"), deepspeed=str(file))
+    with pytest.raises(ConfigError, match=f"{part}.device: nvme leaves states outside the checkpoints"):
+        engines.resolve_deepspeed_config(config)

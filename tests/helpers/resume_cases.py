@@ -1,0 +1,234 @@
+"""What the ranks of a test world compute about resuming: training from a checkpoint, and the state before and after."""
+
+import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor
+
+from sft_dist.config import (
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from sft_dist.data.selection import Selection
+from sft_dist.distributed import collectives
+from sft_dist.distributed.world import World
+from sft_dist.errors import UserError
+from sft_dist.model import engine as engines
+from sft_dist.model import zero
+from sft_dist.model.engine import Engine
+from sft_dist.preparation import training_set
+from sft_dist.train.evaluate import heldout_details, scoring_packs
+from sft_dist.train.gradient import accumulate_gradient
+from tests.helpers import world_cases
+
+
+def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
+    return RunConfig(
+        run_dir=str(folder / "run"),
+        seed=3,
+        model=ModelConfig(path=case["model"], dtype=case.get("dtype", "float32")),
+        data=DataConfig(
+            train=({"path": case["data"]},),
+            max_length=384,
+            cache_dir=str(Path(case["data"]).parent / "prepared"),
+            num_processes=1,
+        ),
+        objective=ObjectiveConfig(neftune_alpha=case.get("neftune_alpha", 0.0)),
+        batch=BatchConfig(
+            global_packs=case.get("global_packs", 5),
+            reduce_once=case.get("reduce_once", "auto"),
+            balance_steps=case.get("balance_steps", 1),
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
+        schedule=ScheduleConfig(epochs=case.get("epochs", 8)),
+        deepspeed=case.get("deepspeed", "cpu"),
+    )
+
+
+@contextmanager
+def frozen(patterns: list[str]) -> Iterator[None]:
+    """Engines that are made within do not train the parameters whose names match."""
+    groups = engines._parameter_groups
+
+    def frozen_groups(model: Any, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+        for name, parameter in model.named_parameters():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+                parameter.requires_grad_(False)
+        return groups(model, optimizer)
+
+    with mock.patch.object(engines, "_parameter_groups", frozen_groups):
+        yield
+
+
+def whole_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """As DeepSpeed itself gathers it: weights, master weights and moments of every parameter."""
+    found: dict[str, dict[str, Tensor]] = {"weight": {}, "master": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for name, parameter in engine.causal_lm.named_parameters():
+        with zero.gathered(parameter):
+            found["weight"][name] = parameter.detach().clone()
+        if parameter.requires_grad:
+            found["master"][name] = safe_get_full_fp32_param(parameter).clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found[moment][name] = safe_get_full_optimizer_state(parameter, moment).clone()
+    return found
+
+
+def hyper_parameters(engine: Engine) -> dict[str, Any]:
+    """What AdamW steps with: its count for every sub-group, and weight decay by parameter."""
+    optimizer = engine._engine.optimizer
+    inner = optimizer.optimizer
+    steps = [inner.state[flat]["step"] for flat in optimizer.fp32_partitioned_groups_flat]
+    names = engine._engine.param_names
+    return {
+        "steps": [float(step) for step in steps],
+        "shared": len({id(step) for step in steps}) < len(steps),
+        "weight_decay": {
+            names[parameter]: inner.param_groups[optimizer.sub_group_to_group_id[number]]["weight_decay"]
+            for number, group in enumerate(optimizer.fp16_groups)
+            for parameter in group
+        },
+        "counters": [engine._engine.global_steps, engine._engine.skipped_steps],
+    }
+
+
+def local_state(engine: Engine) -> list[Tensor]:
+    """Everything this rank holds, padding included."""
+    optimizer = engine._engine.optimizer
+    states = [optimizer.optimizer.state[flat] for flat in optimizer.fp32_partitioned_groups_flat]
+    flats = [flat.detach() for flat in optimizer.fp32_partitioned_groups_flat]
+    shards = [parameter.ds_tensor for parameter in engine._engine.module.parameters()]
+    return [value.clone() for value in (*flats, *shards, *(v for state in states for _, v in sorted(state.items())))]
+
+
+def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Take the steps [first, last), from a checkpoint where one is given; save before them where asked to, or after."""
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    with frozen(case.get("frozen", [])):
+        engine = engines.training_engine(config, world, None)
+    answer: dict[str, Any] = {"losses": [], "samples": []}
+    if "resume" in case:
+        torch.manual_seed(99)
+        engine.load(Path(case["resume"]))
+        answer["loaded"] = whole_state(engine)
+        answer["with"] = hyper_parameters(engine)
+    if "save_loaded" in case:
+        answer["stored"] = save(engine, Path(case["save_loaded"]))
+    first, last = case["steps"]
+    for step in range(first, last):
+        answer["losses"].append(take_step(engine, config, selection, plan, step, world))
+        forwards = plan.micro_batches(step, data_rank=world.rank, data_size=world.size, packs_per_micro_batch=1)
+        dealt = [index for part in collectives.gather(forwards) for pack in part for index in pack]
+        answer["samples"].append(sorted(int(selection.samples[index]) for index in dealt))
+    answer["state"] = whole_state(engine)
+    if "save" in case:
+        answer["stored"] = save(engine, Path(case["save"]))
+    engine.close()
+    return answer
+
+
+def save(engine: Engine, folder: Path) -> dict[str, Tensor]:
+    """What every parameter of the saved checkpoint is, read whole."""
+    engine.save(folder)
+    collectives.barrier()
+    return {name: value.clone() for name, value in engines.stored_parameters(folder)}
+
+
+def take_step(engine: Engine, config: RunConfig, selection: Selection, plan: Any, step: int, world: World) -> float:
+    engine.train()
+    engine.set_lr(3e-3 / (1 + step))
+    loss, _ = accumulate_gradient(engine, selection, plan, step, config, world)
+    applied, _ = engine.step()
+    assert applied
+    return loss
+
+
+def exact(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
+    """Whether the step after every checkpoint gives the same bits in a new engine, and in one never disturbed.
+
+    The first engine evaluates and saves after every step; each of the others loads one save and takes one step; the
+    last one takes all steps and does nothing else.
+    """
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    num_steps = plan.num_steps
+    folders = [folder / f"exact-{case['name']}-{step}" for step in range(1, num_steps + 1)]
+    engine = engines.training_engine(config, world, None)
+    after, losses = [], []
+    for step in range(num_steps):
+        losses.append(take_step(engine, config, selection, plan, step, world))
+        after.append(local_state(engine))
+        if case.get("evaluate", True):
+            heldout_details(engine, selection, scoring_packs(selection)[:2], world, 1)
+        engine.save(folders[step])
+    engine.close()
+    collectives.barrier()
+    differing = []
+    for step in range(1, num_steps):
+        torch.manual_seed(step)
+        engine = engines.training_engine(config, world, None)
+        engine.load(folders[step - 1])
+        same = _equal(local_state(engine), after[step - 1])
+        loss = take_step(engine, config, selection, plan, step, world)
+        if not (same and loss == losses[step] and _equal(local_state(engine), after[step])):
+            differing.append(step)
+        engine.close()
+    engine = engines.training_engine(config, world, None)
+    plain = [take_step(engine, config, selection, plan, step, world) for step in range(num_steps)]
+    undisturbed = plain == losses and _equal(local_state(engine), after[-1])
+    # Back to the first checkpoint, in an engine that has trained to the end.
+    engine.load(folders[0])
+    rewound = take_step(engine, config, selection, plan, 1, world) == losses[1]
+    rewound = rewound and _equal(local_state(engine), after[1])
+    engine.close()
+    return {
+        "differing": collectives.gather(differing),
+        "undisturbed": collectives.gather(undisturbed),
+        "rewound": collectives.gather(rewound),
+        "folder": str(folders[0]),
+        "num_steps": num_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "losses": losses,
+        "num_micro_batches": config.batch.micro_batches_on(world.size),
+    }
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def refused(case: dict[str, Any], folder: Path, world: World) -> list[str]:
+    """What every rank says to a checkpoint that does not fit."""
+    config = run_config(case, folder)
+    groups = engines._parameter_groups
+    one_group = mock.patch.object(
+        engines,
+        "_parameter_groups",
+        lambda model, optimizer: [{"params": [p for group in groups(model, optimizer) for p in group["params"]]}],
+    )
+    with one_group if case.get("one_group") else frozen(case.get("frozen", [])):
+        engine = engines.training_engine(config, world, None)
+    try:
+        engine.load(Path(case["resume"]))
+        said = "nothing"
+    except UserError as error:
+        said = f"{type(error).__name__}: {error}"
+    engine.close()
+    return collectives.gather(said)
+
+
+CASES = {"train": train, "exact": exact, "refused": refused}
+
+if __name__ == "__main__":
+    world_cases.main(CASES)
