@@ -191,9 +191,13 @@ class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 100
     """Steps between checkpoints; 0: only at the end and when asked to stop."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """How many of the newest checkpoints to keep (the best one is kept beside them)."""
+    """How many of the newest checkpoints to keep (the best one, and that which was resumed from, beside them)."""
+    keep_gib: Annotated[float, Field(gt=0)] | None = None
+    """Keep fewer where all would take more GiB than this; the newest, the best and that which was resumed from stay."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest held-out NLL."""
+    asynchronous: bool | Literal["auto"] = "auto"
+    """Write while training goes on, from a copy in host memory; auto: where that takes at most half of what is free."""
     resume: str = "auto"
     """auto: newest valid checkpoint if any; must: fail without one; never: start anew; or a checkpoint folder."""
     stop_at_step: Annotated[int, Field(ge=1)] | None = None

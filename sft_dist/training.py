@@ -27,7 +27,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
     world = find_world(env)
     run_dir = Path(config.run_dir)
-    lock = rundir.RunLock(run_dir) if world.is_main else None
+    lock = rundir.take(run_dir) if world.is_main else None
     if lock is not None:
         goodput.begin(run_dir)
     try:
@@ -35,6 +35,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
     except BaseException as error:
         if lock is not None:
             _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
+            lock.release()
         raise
     if lock is not None:
         lock.release()
@@ -73,10 +74,10 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
 
 
 def _write_results(run_dir: Path, result: Any) -> None:
-    from sft_dist.train import goodput, rundir
+    from sft_dist.train import files, goodput, rundir
 
     times = goodput.end(run_dir, result.exit_code)
-    rundir.write_json(run_dir / rundir.SUMMARY, result.summary | {"goodput": times.as_dict()})
+    files.write_json(run_dir / rundir.SUMMARY, result.summary | {"goodput": times.as_dict()})
     rundir.write_outcome(
         run_dir,
         exit_code=result.exit_code,
@@ -103,7 +104,7 @@ def _with_group(
     from sft_dist.distributed import collectives
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
-    from sft_dist.train import checkpoint, contract, rundir
+    from sft_dist.train import checkpoint, contract, files, rundir
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
     from sft_dist.train.profiling import Profile
@@ -120,7 +121,7 @@ def _with_group(
         for note in contract.check(resumed, facts, world_size=world.size, allow_changed=allowed):
             say_once(note)
     if world.is_main:
-        rundir.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
+        files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
     initial = None if resumed is not None else initial_weights(config)
     engine = engines.training_engine(config, world, initial)

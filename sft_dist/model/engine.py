@@ -29,6 +29,7 @@ from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
 from sft_dist.model.logprobs import TokenLogprobs
+from sft_dist.model.snapshot import Snapshot, write_file
 
 # Keys of a DeepSpeed file that belong to the run file, and their home there.
 _DECIDED_BY_RUN_FILE = {
@@ -135,7 +136,6 @@ class Engine:
         self._reduce_once = reduce_once
         self._reduction = ExitStack()  # open between the first backward of a step and its last
         self._is_open = False
-        self._failures: list[str] = []
 
     @property
     def device(self) -> torch.device:
@@ -247,31 +247,36 @@ class Engine:
         with suppress(OSError, AttributeError):  # glibc keeps freed memory of loader threads otherwise
             ctypes.CDLL(None).malloc_trim(0)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards below `folder`; publishing them is train/checkpoint.py's business.
+    def capture(self) -> Snapshot:
+        """This rank's files of a checkpoint, as DeepSpeed lays them out; their tensors are those that training changes.
 
-        Raises OSError when a file cannot be written, after DeepSpeed has passed its barriers with the other ranks.
+        DeepSpeed says what is to be written and writes nothing, so that no file system can keep ranks apart in it.
         """
-        self._failures.clear()
-        self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False)
-        if self._failures:
-            raise OSError(self._failures[0])
+        files: dict[str, Any] = {}
+
+        def keep(state_dict: Any, path: str) -> None:
+            files[f"{_SHARDS}/{Path(path).name}"] = state_dict
+
+        writer = self._engine.checkpoint_engine
+        writer.save, writer.makedirs = keep, lambda path, exist_ok=False: None
+        self._engine._copy_recovery_script = lambda save_path: None  # its converters: export does that work here
+        self._engine.save_checkpoint("unused", tag=_SHARDS, save_latest=False)
+        return Snapshot(files)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's files below `folder`, for no manifest: a checkpoint is published by train/saving.py."""
+        (folder / _SHARDS).mkdir(parents=True, exist_ok=True)
+        for name, content in self.capture().files.items():
+            write_file(folder / name, content)
+        collectives.barrier()
 
     def use_safe_files(self) -> None:
-        """Load without pickle rights, and keep write errors until all ranks have left DeepSpeed's save."""
-        checkpoint_engine = self._engine.checkpoint_engine
-        write = checkpoint_engine.save
-
-        def save(state_dict: Any, path: str) -> None:
-            try:
-                write(state_dict, path)
-            except (OSError, RuntimeError) as error:
-                self._failures.append(f"{path}: {error}")
+        """Load without pickle rights."""
 
         def load(path: str, map_location: Any = None) -> dict[str, Any]:
             return zero.safe_load(path, mmap=False)
 
-        checkpoint_engine.save, checkpoint_engine.load = save, load
+        self._engine.checkpoint_engine.load = load
 
     def load(self, folder: Path) -> None:
         """Take the state of a checkpoint, whatever number of ranks wrote it; for engines that train.

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from sft_dist.errors import ClusterError, ConfigError, StorageError
 from sft_dist.score.summary import Tally
-from sft_dist.train.checkpoint import write_json
+from sft_dist.train.files import write_json
 
 # What every line says of its conversation, whichever model scores it.
 _HEAD = ("id", "index", "source", "left_out")

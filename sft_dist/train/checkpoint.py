@@ -1,29 +1,26 @@
-"""Checkpoints that are whole or absent: written under a temporary name, published by one rename.
+"""Checkpoints that are whole or absent: what one is, which there are, and which of them can be believed.
 
     RUN_DIR/checkpoints/step-00000120/manifest.json      sizes and sha256 of every file, state, digests
                                      /shards/            DeepSpeed's files, one pair a rank
     RUN_DIR/checkpoints/best.json                        which step has the lowest held-out NLL
 
-A folder without a valid manifest is never resumed from. Rank 0 decides which one to take; every rank checks the
-files it will read before any of them touches the engine.
+A folder without a valid manifest is never resumed from. Rank 0 decides which one to take; every rank checks a part of
+its files before any of them touches the engine. saving.py writes them, retention.py removes them.
 """
 
-import hashlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft_dist import faults
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
-from sft_dist.errors import ConfigError, StorageError
+from sft_dist.errors import ConfigError, StorageError, say
 from sft_dist.paths import fault_of_name
-from sft_dist.redaction import find_secrets, redact_tree
+from sft_dist.train.files import write_json
+from sft_dist.train.integrity import fault_of_files
 from sft_dist.train.numbers import History
 
 FORMAT = 1
@@ -66,68 +63,27 @@ class Checkpoint:
     def state(self) -> TrainState:
         return TrainState(**self.manifest["state"])
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(int(file["num_bytes"]) for file in self.manifest["files"].values())
+
 
 def checkpoints_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
-def save(
-    run_dir: Path, state: TrainState, world: World, write: Callable[[Path], None], facts: dict[str, Any]
-) -> Checkpoint:
-    """Two-phase commit: all ranks write below a temporary name, agree, then rank 0 publishes.
-
-    `write` is the engine's save. Raises StorageError on every rank when any rank could not write; the checkpoints
-    from before stay as they are.
-    """
-    parent = checkpoints_dir(run_dir)
-    temporary, final = parent / f".tmp-step-{state.step:08d}", parent / f"step-{state.step:08d}"
-    problem = _attempt(lambda: _fresh_folder(temporary)) if world.is_main else None
-    _raise_together(problem, "cannot be started")
-    faults.reach("save.before_shards", rank=world.rank, step=state.step)
-    problem = _attempt(lambda: write(temporary))
-    faults.reach("save.after_shards", rank=world.rank, step=state.step)
-    # All ranks have left the writing before anyone looks at files.
-    _raise_together(problem, "cannot be written")
-    files: dict[str, Any] = {}
-    problem = _attempt(lambda: files.update(_describe(temporary, _own_files(temporary, world.rank))))
-    gathered = collectives.gather(files)
-    _raise_together(problem, "cannot be read back")
-    manifest = {
-        "format": FORMAT,
-        "world_size": world.size,
-        "state": asdict(state),
-        "files": {name: facts for part in gathered for name, facts in part.items()},
-        **facts,
-    }
-    faults.reach("save.before_publish", rank=world.rank, step=state.step)
-    problem = _attempt(lambda: _publish(temporary, final, manifest)) if world.is_main else None
-    _raise_together(problem, "cannot be published")
-    faults.reach("save.after_publish", rank=world.rank, step=state.step)
-    return Checkpoint(final, manifest)
+def step_folder(run_dir: Path, step: int) -> Path:
+    return checkpoints_dir(run_dir) / f"step-{step:08d}"
 
 
-def newest_valid(run_dir: Path, world: World, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as its manifest says, agreed over all ranks."""
-    for folder in reversed(collectives.from_main(list(step_folders(run_dir).values()))):
-        fault = fault_of(folder, world)
-        if fault is None:
-            return read(folder)
-        say(f"checkpoint {folder} is not used: {fault}")
-    return None
-
-
-def fault_of(folder: Path, world: World | None) -> str | None:
-    """What is wrong with a checkpoint, or None. With a world, ranks share the checking and agree on the answer."""
-    try:
-        manifest = read(folder).manifest
-        names = sorted(manifest["files"])
-        mine = names if world is None else names[world.rank :: world.size]
-        fault = next((f for name in mine if (f := _file_fault(folder / name, manifest["files"][name]))), None)
-    except StorageError as error:
-        fault = str(error)
-    if world is None:
-        return fault
-    return next((f for f in collectives.gather(fault) if f is not None), None)
+def step_folders(run_dir: Path) -> dict[int, Path]:
+    """Step -> folder of everything named like a checkpoint, ascending; other names are left alone."""
+    found = {}
+    for path in checkpoints_dir(run_dir).glob("step-*"):
+        digits = path.name.removeprefix("step-")
+        if len(digits) == 8 and digits.isdecimal() and path.is_dir() and not path.is_symlink():
+            found[int(digits)] = path
+    return dict(sorted(found.items()))
 
 
 def read(folder: Path) -> Checkpoint:
@@ -137,17 +93,50 @@ def read(folder: Path) -> Checkpoint:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
         if version == FORMAT:
-            TrainState(**manifest["state"])
-            manifest["world_size"], manifest["files"].items()
+            found = Checkpoint(folder, manifest)
+            found.state, found.num_bytes, manifest["world_size"]
     except FileNotFoundError:
         raise StorageError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise StorageError(f"{path}: not a readable manifest: {error}") from None
     if fault := next((f for name in manifest.get("files", ()) if (f := fault_of_name(folder, name))), None):
         raise StorageError(f"{path}: {fault}: nothing outside of {folder} is read")
     if version != FORMAT:
         raise ConfigError(f"{path}: written in format {version}; this version reads format {FORMAT}")
-    return Checkpoint(folder, manifest)
+    return found
+
+
+def newest_valid(run_dir: Path, world: World, say_once: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as its manifest says, the same on every rank. A collective."""
+    folders = collectives.from_main(list(step_folders(run_dir).values()))
+    for folder in reversed(folders):
+        found, fault = _checked(folder, world, say_once)
+        if found is not None:
+            return found
+        say_once(f"checkpoint {folder} is not used: {fault}")
+    if folders:
+        say_once(f"none of the {len(folders):,} checkpoint(s) in {run_dir} can be used")
+    return None
+
+
+def fault_of(folder: Path, world: World | None) -> str | None:
+    """What is wrong with a checkpoint, or None. With a world, ranks share the checking and agree on the answer.
+
+    Raises ConfigError for a newer format.
+    """
+    return _checked(folder, world, say)[1]
+
+
+def _checked(
+    folder: Path, world: World | None, say_progress: Callable[[str], None]
+) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint, or its fault. Ranks other than 0 may see files late: what the manifest says, rank 0 tells."""
+    try:
+        found = read(folder) if world is None else collectives.on_main(lambda: read(folder))
+    except StorageError as error:
+        return None, str(error)
+    fault = fault_of_files(folder, found.manifest["files"], world, say_progress)
+    return (found, None) if fault is None else (None, fault)
 
 
 def find(run_dir: Path, which: str) -> Checkpoint:
@@ -155,7 +144,7 @@ def find(run_dir: Path, which: str) -> Checkpoint:
 
     Raises ConfigError for a name that leads nowhere, StorageError for a damaged checkpoint.
     """
-    parent, steps = checkpoints_dir(run_dir), step_folders(run_dir)
+    steps = step_folders(run_dir)
     if not steps:
         raise ConfigError(f"{run_dir}: holds no checkpoint")
     there = ", ".join(map(str, steps))
@@ -171,7 +160,7 @@ def find(run_dir: Path, which: str) -> Checkpoint:
             best = best_step(run_dir)
             if best is None:
                 raise ConfigError(f"{run_dir}: no best checkpoint is known (no evaluation ran); ask for `last`")
-            candidates = [parent / f"step-{best:08d}"]
+            candidates = [step_folder(run_dir, best)]
         case _ if which.isdecimal():
             if int(which) not in steps:
                 raise ConfigError(f"{run_dir}: holds no checkpoint of step {int(which):,} (steps there: {there})")
@@ -180,12 +169,12 @@ def find(run_dir: Path, which: str) -> Checkpoint:
             raise ConfigError(f"checkpoint {which!r}: expected best, last or a step number (steps there: {there})")
     faults: list[str] = []
     for folder in candidates:
-        fault = fault_of(folder, None)
-        if fault is None:
+        found, fault = _checked(folder, None, say)
+        if found is not None:
             for skipped in faults:
                 print(f"not used: {skipped}", file=sys.stderr)
-            return read(folder)
-        faults.append(fault)
+            return found
+        faults.append(str(fault))
     raise StorageError("; ".join(faults) + f" (steps there: {there})")
 
 
@@ -209,111 +198,3 @@ def mark_best(run_dir: Path, state: TrainState) -> None:
         path.unlink(missing_ok=True)
     else:
         write_json(path, {"step": state.heldout_best_step, "heldout_nll": state.heldout_nll_best})
-
-
-def step_folders(run_dir: Path) -> dict[int, Path]:
-    """Step -> folder of everything named like a checkpoint, ascending; other names are left alone."""
-    found = {}
-    for path in checkpoints_dir(run_dir).glob("step-*"):
-        digits = path.name.removeprefix("step-")
-        if len(digits) == 8 and digits.isdecimal() and path.is_dir() and not path.is_symlink():
-            found[int(digits)] = path
-    return dict(sorted(found.items()))
-
-
-def evict(run_dir: Path, *, published: int, keep: int, protected: Iterable[int]) -> list[int]:
-    """Remove all but the newest `keep` checkpoints and the protected steps; called by rank 0 after a publish.
-
-    Checkpoints beyond the published step are of a continuation that was given up (damaged, or left behind by a
-    resume from an older one); they go too, or the next resume would take them. Returns the steps removed.
-    """
-    folders = step_folders(run_dir)
-    kept = {published, *protected} | set([step for step in folders if step <= published][-keep:])
-    removed = [step for step in folders if step not in kept]
-    for step in removed:
-        # Without its manifest a half-deleted folder is no checkpoint.
-        (folders[step] / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folders[step], ignore_errors=True)
-    return removed
-
-
-def sweep_temporaries(run_dir: Path) -> None:
-    """Remove what killed saves left behind; only the holder of the run lock may call this."""
-    for folder in checkpoints_dir(run_dir).glob(".tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Write a small file whole or not at all, on disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(redact_tree(tree, find_secrets(os.environ)), indent=2, ensure_ascii=False))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    for script in temporary.glob("*.py"):
-        script.unlink()  # DeepSpeed copies its converters into every save; export does that work here
-    write_json(temporary / MANIFEST, manifest)
-    if final.exists():
-        # The same step once more, after a resume from an older one: the new one is as good, the old one goes first.
-        (final / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _own_files(folder: Path, rank: int) -> list[Path]:
-    return sorted(folder.glob(f"shards/*zero_pp_rank_{rank}_mp_rank_00_*.pt"))
-
-
-def _describe(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
-    described = {}
-    for path in files:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        described[str(path.relative_to(folder))] = {"num_bytes": path.stat().st_size, "sha256": digest}
-    return described
-
-
-def _file_fault(path: Path, expected: dict[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != expected["num_bytes"]:
-            return f"{path} has {size:,} bytes, expected {expected['num_bytes']:,}"
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-    return None if digest == expected["sha256"] else f"{path} is damaged: its sha256 differs from the manifest's"
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except (OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _raise_together(problem: str | None, what: str) -> None:
-    problems = [(rank, text) for rank, text in enumerate(collectives.gather(problem)) if text is not None]
-    if problems:
-        rank, text = problems[0]
-        raise StorageError(f"the checkpoint {what} on rank {rank}: {text}")

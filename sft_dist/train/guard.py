@@ -23,6 +23,7 @@ from sft_dist.train.meter import PhaseClock
 from sft_dist.train.metrics import Metrics
 from sft_dist.train.numbers import Verdict
 from sft_dist.train.offenders import Search
+from sft_dist.train.saver import Saver
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Guard:
         plan: Plan,
         metrics: Metrics,
         clock: PhaseClock,
+        saver: Saver,
     ) -> None:
         self._config = config
         self._world = world
@@ -62,6 +64,7 @@ class Guard:
         self._metrics = metrics
         self._search = Search(engine, config, world, clock)
         self._run_dir = Path(config.run_dir)
+        self._saver = saver
 
     def take(self, step: int, gradient: Gradient, state: TrainState) -> Outcome:
         """Take step `step` (from 0) unless its numbers forbid it; the returned state knows what was done.
@@ -130,6 +133,7 @@ class Guard:
     def _roll_back(self, step: int, target: int, state: TrainState) -> TrainState:
         """The weights and optimizer of step `target`, with the data and learning rate of the next step."""
         self._engine.clear_gradients()
+        self._saver.finish()  # the checkpoint to go back to may still be on its way
         folder = checkpoint.checkpoints_dir(self._run_dir) / f"step-{target:08d}"
         fault = checkpoint.fault_of(folder, self._world)
         if fault is not None:

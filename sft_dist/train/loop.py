@@ -25,7 +25,7 @@ from sft_dist.errors import ExitCode
 from sft_dist.model import probe
 from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
-from sft_dist.train import checkpoint, objective, out_of_memory
+from sft_dist.train import objective, out_of_memory
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.deadline import job_end_s
 from sft_dist.train.details import Details
@@ -38,6 +38,7 @@ from sft_dist.train.interrupt import StopRequest
 from sft_dist.train.meter import Meter, PhaseClock, shares_line
 from sft_dist.train.metrics import Metrics, step_line
 from sft_dist.train.profiling import Profile
+from sft_dist.train.saver import Saver
 from sft_dist.train.schedule import learning_rate
 
 
@@ -86,11 +87,10 @@ class Run:
         self._facts = facts
         self._profile = profile
         self._meter = _meter(config, engine, plan, metrics, watchdog)
-        self._guard = Guard(config, world, engine, selection, plan, metrics, self._meter.clock)
-        self._run_dir = Path(config.run_dir)
-        self._timeline = Timeline(self._run_dir, is_main=world.is_main)
+        self._timeline = Timeline(Path(config.run_dir), is_main=world.is_main)
+        self._saver = Saver(config.checkpoint, Path(config.run_dir), world, engine, state, metrics)
+        self._guard = Guard(config, world, engine, selection, plan, metrics, self._meter.clock, self._saver)
         self._probe = probe.choose(selection.dataset, config.data.max_length)
-        self._saved_step: int | None = state.step if state.step else None
 
     def train(self) -> Result:
         """Take all steps that are left. Raises TrainingError when the numbers break."""
@@ -117,6 +117,9 @@ class Run:
             self._timeline.mark("step", step=step + 1)
             if self._profile is not None:
                 self._profile.step_ended()
+            self._meter.clock.enter("checkpoint")
+            self._saver.poll()
+            self._meter.clock.enter("other")
             finished = step + 1
             is_last = finished == self.plan.num_steps
             every = self.config.evaluate.every
@@ -124,7 +127,7 @@ class Run:
                 self._evaluate(finished)
             reason = self._reason_to_stop(finished) if not is_last else None
             if is_last or reason or self._due(finished):
-                self._save()
+                self._save(wait=is_last or reason is not None)
             if reason:
                 return ExitCode.STOPPED, reason
         return ExitCode.DONE, "finished"
@@ -249,34 +252,23 @@ class Run:
             return f"stopped at step {step:,} as the run file asks"
         return None
 
-    def _save(self) -> None:
-        """Publish a checkpoint of the current step, once."""
-        if self._saved_step == self.state.step:
-            return
+    def _save(self, *, wait: bool = False) -> None:
+        """A checkpoint of the current step, once; with `wait`, it is published when this returns."""
         self._meter.clock.enter("checkpoint")
-        started = time.monotonic()
-        record = {
-            "samples": [example.sample.ids.tolist() for example in self._probe],
-            "logprobs": probe.logprobs(self.engine, self._probe),
-        }
-        saved = checkpoint.save(
-            self._run_dir, self.state, self.world, self.engine.save, self._facts | {"probe": record}
-        )
-        self._saved_step = self.state.step
-        if self.world.is_main:
-            keep_best = self.config.checkpoint.keep_best
-            best = self.state.heldout_best_step if keep_best else None
-            checkpoint.mark_best(self._run_dir, replace(self.state, heldout_best_step=best))
-            removed = checkpoint.evict(
-                self._run_dir,
-                published=saved.step,
-                keep=self.config.checkpoint.keep,
-                protected=[step for step in (best, self._guard.last_regular(self.state)) if step],
+        if self._saver.begun_step != self.state.step:
+            record = {
+                "samples": [example.sample.ids.tolist() for example in self._probe],
+                "logprobs": probe.logprobs(self.engine, self._probe),
+            }
+            self._saver.begin(
+                self.state,
+                self._facts | {"probe": record},
+                protected=self._guard.last_regular(self.state),
+                wait=wait,
             )
-            for step in (step for step in removed if step > saved.step):
-                self.metrics.say(f"removed the checkpoint of step {step:,}, of a continuation that was given up")
-        self._timeline.mark("checkpoint", step=saved.step)
-        self.metrics.say(f"checkpoint {saved.folder} in {time.monotonic() - started:.1f} s")
+        if wait:
+            self._saver.finish()
+        self._timeline.mark("checkpoint", step=self.state.step)
         self._meter.clock.enter("other")
 
     def _record_times(self) -> None:

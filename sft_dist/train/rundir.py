@@ -1,44 +1,32 @@
 """The run folder: who holds it, and how the run in it ended."""
 
-import json
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sft_dist.config import RunConfig
-from sft_dist.errors import ClusterError, ConfigError, StorageError
+from sft_dist.errors import ConfigError
 from sft_dist.redaction import MASK
 from sft_dist.train import goodput
-from sft_dist.train.checkpoint import checkpoints_dir, sweep_temporaries, write_json
+from sft_dist.train.checkpoint import checkpoints_dir
+from sft_dist.train.files import write_json
+from sft_dist.train.lock import RunLock
+from sft_dist.train.retention import sweep_temporaries
 
 CONFIG = "config.json"
 OUTCOME = "outcome.json"
 SUMMARY = "summary.json"
-_LOCK, _HOLDER = "run.lock", "run.lock.json"
 
 
-class RunLock:
-    """One run per run folder. The operating system releases the lock with the process, so none is ever stale."""
+def take(run_dir: Path) -> RunLock:
+    """Take hold of a run folder for a new run in it: what an earlier one left half-done goes.
 
-    def __init__(self, run_dir: Path) -> None:
-        """Raises ClusterError when another process holds the folder, StorageError when it cannot be written."""
-        try:
-            checkpoints_dir(run_dir).mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(run_dir / _LOCK)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ClusterError(f"run_dir: {run_dir} is in use by another run ({_holder(run_dir)})") from None
-        except OSError as error:
-            raise StorageError(f"run_dir: {run_dir} cannot be written: {error.strerror or error}") from error
-        write_json(run_dir / _HOLDER, {"host": socket.gethostname(), "pid": os.getpid()})
-        (run_dir / OUTCOME).unlink(missing_ok=True)
-        sweep_temporaries(run_dir)
-
-    def release(self) -> None:
-        self._lock.release()
+    Raises ClusterError when another run holds it, StorageError when it cannot be written.
+    """
+    lock = RunLock(run_dir)
+    checkpoints_dir(run_dir).mkdir(exist_ok=True)
+    (run_dir / OUTCOME).unlink(missing_ok=True)
+    sweep_temporaries(run_dir)
+    return lock
 
 
 def write_outcome(
@@ -79,11 +67,3 @@ def saved_config(run_dir: Path) -> RunConfig:
 
 def is_run_dir(path: str) -> bool:
     return (Path(path) / CONFIG).exists() and checkpoints_dir(Path(path)).is_dir()
-
-
-def _holder(run_dir: Path) -> str:
-    try:
-        holder = json.loads((run_dir / _HOLDER).read_text())
-        return f"host {holder['host']}, process {holder['pid']}"
-    except (OSError, ValueError, KeyError):
-        return "unknown"

@@ -169,14 +169,15 @@ def test_the_best_checkpoint_is_kept_and_a_rise_of_the_heldout_nll_is_said(place
 
 
 def test_without_keep_best_no_best_checkpoint_is_named_or_kept(place: Place) -> None:
-    kept = ["evaluate.every=1", "checkpoint.keep=1"]
-    stopped = place.train("was-best", *kept, "checkpoint.stop_at_step=2", ranks=1)
+    kept = ["evaluate.every=2", "checkpoint.keep=1"]
+    stopped = place.train("was-best", *kept, "checkpoint.stop_at_step=3", ranks=1)
     checkpoints = place.folder / "was-best" / "checkpoints"
     assert stopped[0].returncode == 75 and (checkpoints / "best.json").exists(), _said(stopped)
+    assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000002", "step-00000003"}
     # Held-out data as before, so the resumed state still knows a best step; later evaluations are left out.
     done = place.train("was-best", "evaluate.every=0", "checkpoint.keep=1", "checkpoint.keep_best=false", ranks=1)
     assert done[0].returncode == 0, _said(done)
-    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000006"]
+    assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000003", "step-00000006"}, "resumed from 3"
     assert not (checkpoints / "best.json").exists()
     answer = place.verb("generate", "--model", str(place.folder / "was-best"), "--prompt", "x", "--max-new-tokens", "1")
     assert answer.returncode == 0 and "is gone" not in answer.stderr, answer.stderr
@@ -246,6 +247,22 @@ def test_a_damaged_checkpoint_is_not_used_and_that_is_said(uninterrupted: Place)
     assert [entry["loss"] for entry in place.steps("damaged")] == [entry["loss"] for entry in place.steps("whole")]
     expected, found = place.state("whole", 6), place.state("damaged", 6)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_killed_while_a_checkpoint_is_written_in_the_background(uninterrupted: Place) -> None:
+    """Between the two files of a rank, in its thread, while training has gone on: only whole checkpoints are left."""
+    place = uninterrupted
+    every = ("checkpoint.every=1", "checkpoint.asynchronous=true")
+    killed = place.train("killed", *every, faults="save.after_shard:rank=1:step=3:SIGKILL")
+    assert killed[1].returncode == -9 and killed[0].returncode not in (0, -9), _said(killed)
+    done = place.train("killed", *every)
+    assert [process.returncode for process in done] == [0, 0], _said(done)
+    assert "2 of 6 steps are done" in done[0].stdout
+    assert [entry["loss"] for entry in place.steps("killed")] == [entry["loss"] for entry in place.steps("whole")]
+    for step in (4, 6):
+        expected, found = place.state("whole", step), place.state("killed", step)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 class _Bomb:

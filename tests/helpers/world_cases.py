@@ -31,7 +31,7 @@ from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.layers import compile_layers
 from sft_dist.preparation import training_set
 from sft_dist.session import close_session, open_session
-from sft_dist.train import checkpoint
+from sft_dist.train import checkpoint, saving
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, score_pack, scoring_packs
@@ -217,7 +217,7 @@ def full_disk(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any
     config = run_config(case, folder)
     engine = engines.training_engine(config, world, None)
     run_dir = folder / "full"
-    checkpoint.save(run_dir, TrainState(step=1), world, engine.save, {})
+    saving.save(run_dir, TrainState(step=1), world, engine.capture(), {})
     write = torch.save
     if world.rank == world.size - 1:
 
@@ -226,12 +226,12 @@ def full_disk(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any
 
         torch.save = refuse
     try:
-        checkpoint.save(run_dir, TrainState(step=2), world, engine.save, {})
+        saving.save(run_dir, TrainState(step=2), world, engine.capture(), {})
         raised = "nothing"
     except StorageError as error:
         raised = str(error)
     torch.save = write
-    checkpoint.save(run_dir, TrainState(step=3), world, engine.save, {})
+    saving.save(run_dir, TrainState(step=3), world, engine.capture(), {})
     steps = {step: checkpoint.fault_of(path, world) for step, path in checkpoint.step_folders(run_dir).items()}
     return {"raised": collectives.gather(raised), "steps": steps}
 

@@ -12,7 +12,7 @@ import torch
 
 from sft_dist.errors import ConfigError, StorageError
 from sft_dist.model.zero import safe_load
-from sft_dist.train import checkpoint
+from sft_dist.train import checkpoint, integrity, retention
 from sft_dist.train.checkpoint import TrainState
 
 
@@ -70,8 +70,15 @@ def strip_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def list_a_file_that_is_not_there(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["shards/r2.pt"] = manifest["files"]["shards/r1.pt"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 FAULTS = [
     truncate,
+    list_a_file_that_is_not_there,
     flip_a_bit,
     remove_a_shard,
     swap_shards,
@@ -92,6 +99,15 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_found(tmp_path: Path, da
     assert checkpoint.find(tmp_path, "last").step == 1
     with pytest.raises(StorageError):
         checkpoint.find(tmp_path, "2")
+
+
+def test_long_checking_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(integrity, "_SAY_EVERY_S", 0.0)
+    make(tmp_path, 1)
+    checkpoint.find(tmp_path, "last")
+    assert "step-00000001: 50% of" in (said := capsys.readouterr().err) and "step-00000001: 100% of" in said
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
@@ -134,7 +150,8 @@ def test_eviction_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in range(1, 6):
         make(tmp_path, step)
     (checkpoint.checkpoints_dir(tmp_path) / "step-00000001.bak").mkdir()
-    assert checkpoint.evict(tmp_path, published=5, keep=2, protected=[2]) == [1, 3]
+    removed = retention.evict(tmp_path, published=5, keep=2, protected=[2])
+    assert removed == [retention.Removal(1, None), retention.Removal(3, None)]
     assert list(checkpoint.step_folders(tmp_path)) == [2, 4, 5]
     assert (checkpoint.checkpoints_dir(tmp_path) / "step-00000001.bak").exists(), "a user's copy is left alone"
 
@@ -143,7 +160,7 @@ def test_eviction_never_removes_what_was_just_published(tmp_path: Path) -> None:
     for step in (90, 95, 100):
         make(tmp_path, step)
     flip_a_bit(checkpoint.step_folders(tmp_path)[100])
-    checkpoint.evict(tmp_path, published=95, keep=1, protected=[])
+    retention.evict(tmp_path, published=95, keep=1, protected=[])
     assert list(checkpoint.step_folders(tmp_path)) == [95], "what lies beyond is of a continuation given up"
 
 
@@ -152,7 +169,7 @@ def test_temporaries_of_killed_saves_are_swept(tmp_path: Path) -> None:
     left = checkpoint.checkpoints_dir(tmp_path) / ".tmp-step-00000002"
     left.mkdir()
     (left / "half").write_text("x")
-    checkpoint.sweep_temporaries(tmp_path)
+    retention.sweep_temporaries(tmp_path)
     assert [path.name for path in checkpoint.checkpoints_dir(tmp_path).iterdir()] == ["step-00000001"]
 
 

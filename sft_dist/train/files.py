@@ -1,0 +1,31 @@
+"""Small files that are whole or absent, and folders whose entries are on disk."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sft_dist.redaction import find_secrets, redact_tree
+
+
+def write_json(path: Path, tree: dict[str, Any], *, writer: str = "") -> None:
+    """Write a small file whole or not at all, on disk when this returns; secrets are masked.
+
+    Where several processes may write the same file at once, each gives another name in `writer`.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(redact_tree(tree, find_secrets(os.environ)), indent=2, ensure_ascii=False))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk: a file's own fsync does not promise that it can be found."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
