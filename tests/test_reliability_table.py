@@ -9,6 +9,7 @@ TEXT = (ROOT / "docs" / "reliability.md").read_text()
 ROWS = re.findall(r"^\| (\d+) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", TEXT[TEXT.index("## Faults") :], re.MULTILINE)
 NAMES = {name for row in ROWS for name in re.findall(r"`(tests/[\w/]+\.py::\w+)`", row[3])}
 
+
 def is_there(name: str) -> bool:
     path, _, function = name.partition("::")
     if not (ROOT / path).exists():

@@ -76,6 +76,8 @@ class Guard:
         verdict = numbers.judge_loss(gradient.loss, history, policy, last_regular=target)
         if verdict.z is not None:
             state = self._alarm(step, gradient.loss, verdict.z, state)
+        if verdict.action != "take":
+            self._saver.finish()  # the checkpoint to name, or to go back to, may still be on its way
         if verdict.action == "roll back":
             return Outcome(self._roll_back(step, target, state), None)
         if verdict.action == "take":
@@ -84,6 +86,7 @@ class Guard:
                 history = state.history.after_taking(gradient.loss, policy.spike_window)
                 return Outcome(replace(state, history=history), grad_norm)
             verdict = numbers.on_non_finite(state.history, policy)
+            self._saver.finish()
             problem = f"the gradient norm is {grad_norm}, the loss {gradient.loss:.4f}"
         elif verdict.z is not None:
             raise TrainingError(
@@ -103,6 +106,7 @@ class Guard:
 
         Raises TrainingError with numbers.non_finite: stop, and where the weights are at fault.
         """
+        self._saver.finish()
         report = self._search.heldout(f"the held-out NLL after step {step:,} is {nll}", step, selection, packs)
         if self._config.numbers.non_finite == "stop" or report.broken_weights:
             raise TrainingError(str(report))
@@ -133,7 +137,6 @@ class Guard:
     def _roll_back(self, step: int, target: int, state: TrainState) -> TrainState:
         """The weights and optimizer of step `target`, with the data and learning rate of the next step."""
         self._engine.clear_gradients()
-        self._saver.finish()  # the checkpoint to go back to may still be on its way
         folder = checkpoint.checkpoints_dir(self._run_dir) / f"step-{target:08d}"
         fault = checkpoint.fault_of(folder, self._world)
         if fault is not None:

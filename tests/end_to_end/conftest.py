@@ -23,11 +23,9 @@ class Place:
     folder: Path
     run_file: Path
 
-    def train(
-        self, run: str, *overrides: str, ranks: int = 2, faults: str = ""
-    ) -> list[subprocess.CompletedProcess[str]]:
+    def train(self, run: str, *overrides: str, ranks: int = 2) -> list[subprocess.CompletedProcess[str]]:
         arguments = ["-m", "sft_dist", "train", str(self.run_file), f"run_dir={self.folder / run}", *overrides]
-        return run_ranks(ranks, arguments, faults=faults)
+        return run_ranks(ranks, arguments)
 
     def verb(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in rank_environment(0, 1, 0).items() if not k.startswith(("RANK", "WORLD", "LOCAL_"))}

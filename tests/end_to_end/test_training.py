@@ -249,12 +249,16 @@ def test_a_damaged_checkpoint_is_not_used_and_that_is_said(uninterrupted: Place)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_killed_while_a_checkpoint_is_written_in_the_background(uninterrupted: Place) -> None:
+def test_killed_while_a_checkpoint_is_written_in_the_background(
+    uninterrupted: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the two files of a rank, in its thread, while training has gone on: only whole checkpoints are left."""
     place = uninterrupted
     every = ("checkpoint.every=1", "checkpoint.asynchronous=true")
-    killed = place.train("killed", *every, faults="save.after_shard:rank=1:step=3:SIGKILL")
+    monkeypatch.setenv("SFT_DIST_FAULTS", "save.after_shard:rank=1:step=3:SIGKILL")
+    killed = place.train("killed", *every)
     assert killed[1].returncode == -9 and killed[0].returncode not in (0, -9), _said(killed)
+    monkeypatch.delenv("SFT_DIST_FAULTS")
     done = place.train("killed", *every)
     assert [process.returncode for process in done] == [0, 0], _said(done)
     assert "2 of 6 steps are done" in done[0].stdout

@@ -37,15 +37,13 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_ranks(
-    size: int, arguments: Sequence[str], *, timeout_s: float = 300, faults: str = ""
-) -> list[subprocess.CompletedProcess[str]]:
+def run_ranks(size: int, arguments: Sequence[str], *, timeout_s: float = 300) -> list[subprocess.CompletedProcess[str]]:
     """Start `python ARGUMENTS` once per rank and wait for all; none outlives the call."""
     port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, *arguments],
-            env=rank_environment(rank, size, port) | {"SFT_DIST_FAULTS": faults},
+            env=rank_environment(rank, size, port),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
