@@ -41,32 +41,33 @@ def world(folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, *, size: in
 
 
 @pytest.mark.parametrize(
-    ("fault", "size", "codes", "named"),
+    ("fault", "size", "stuck", "its_codes"),
     [
-        pytest.param("data:rank=1:step=20:SIGSTOP", 2, [70, -9], "rank 1", id="stopped"),
-        pytest.param(
-            "data:rank=0:step=20:SIGSTOP", 2, [-9, 70], "rank 0", id="rank 0, which serves the store, stopped"
-        ),
-        pytest.param("data:rank=1:step=20:spin", 2, [70, -9], "rank 1", id="holds the interpreter's lock"),
-        pytest.param("forward:rank=2:step=20:hang", 3, [70, 70, 70], "rank 2", id="hangs, others in a collective"),
+        pytest.param("data:rank=1:step=20:SIGSTOP", 2, 1, {-9}, id="stopped"),
+        pytest.param("data:rank=0:step=20:SIGSTOP", 2, 0, {-9}, id="rank 0, which serves the store, stopped"),
+        # Ended by the other rank or, at the same time, by its own timer.
+        pytest.param("data:rank=1:step=20:spin", 2, 1, {-9, 70}, id="holds the interpreter's lock"),
+        pytest.param("forward:rank=2:step=20:hang", 3, 2, {70}, id="hangs, others in a collective"),
     ],
 )
 def test_a_stuck_rank_is_named_and_all_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, size: int, codes: list[int], named: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, size: int, stuck: int, its_codes: set[int]
 ) -> None:
     ended = world(tmp_path, monkeypatch, fault, size=size)
-    assert ended.codes == codes, ended.said
+    named = f"rank {stuck}"
+    assert ended.codes[stuck] in its_codes, ended.said
+    assert all(code == 70 for rank, code in enumerate(ended.codes) if rank != stuck), ended.said
     assert ended.seconds < TIMEOUT_S + 10
     assert ended.outcome is not None and ended.outcome["exit_code"] == 70
     reason = ended.outcome["reason"]
     assert named in reason.partition("stuck:")[2]
     assert not [f"rank {other} (" for other in range(size) if named != f"rank {other}" and f"rank {other} (" in reason]
     for rank, said in enumerate(ended.said):
-        if codes[rank] == 70:
-            assert reason in said and (named == f"rank {rank}" or "in all_reduce" in said), "its stacks"
+        if rank != stuck:
+            assert reason in said and "in all_reduce" in said, "its stacks"
     if not fault.endswith("SIGSTOP"):
         # A rank that can, shows where it is stuck, with the interpreter's lock held too.
-        assert "faults.py" in ended.said[int(named[-1])]
+        assert "faults.py" in ended.said[stuck]
 
 
 def test_a_single_rank_that_holds_the_interpreters_lock_is_ended_and_shows_where(

@@ -80,7 +80,11 @@ def mend_manifest(run_dir: Path, shard: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["optim_states", "model_states"])
-def test_a_pickle_in_a_shard_does_not_run_when_a_run_resumes(stopped: Place, tmp_path: Path, kind: str) -> None:
+def test_a_pickle_in_a_shard_does_not_run_when_a_run_resumes(
+    stopped: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)  # masked in the manifest: the same as before all the same
     run_dir = copy_of(stopped, f"bomb-{kind}")
     (shard,) = [path for path in shards(run_dir) if kind in path.name]
     torch.save(Bomb(tmp_path / "marker"), shard)
