@@ -28,7 +28,7 @@ from sft_dist.model import anchor, attention, groups, loading, resharding, shard
 from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
-from sft_dist.model.logprobs import TokenLogprobs
+from sft_dist.model.logprobs import HiddenRows, TokenLogprobs
 from sft_dist.model.snapshot import Snapshot, write_file
 from sft_dist.model.stored import StoredTensors
 
@@ -177,11 +177,17 @@ class Engine:
         """Σ w ℓ over the targets of this rank's batch, to be given to `backward`, and their `token_values`."""
         self._check_ids(batch)
         own = batch.to(self.device)
-        with torch.no_grad():
-            reference = self._reference(own, as_reference=True) if terms.kl else None
-        values: TokenValues = self._engine(own, with_top=with_top, loss=terms, reference=reference)
+        values: TokenValues
+        if terms.kl:
+            values = self._engine(own, with_top=with_top, loss=terms, reference=self._answer_of_reference(own))
+        else:
+            values = self._engine(own, with_top=with_top, loss=terms)
         assert values.loss is not None
         return values.loss, values
+
+    def _answer_of_reference(self, batch: Batch) -> HiddenRows:
+        with torch.no_grad():
+            return HiddenRows(self._reference(batch, as_reference=True), self._reference.module.model)
 
     def _check_ids(self, batch: Batch) -> None:
         loading.check_ids(self.causal_lm.config, batch.largest_id)

@@ -21,19 +21,19 @@ from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, Ref
 
 @dataclass(frozen=True, slots=True)
 class HiddenRows:
-    """What a model gives to its head at a batch's targets, and that head, sharded as it is."""
+    """What a causal language model gives to its head at a batch's targets, and the model, sharded as it is."""
 
     rows: Tensor  # [R, D]
-    head: nn.Linear
-    transform: LogitTransform
+    model: Any
 
     @contextmanager
     def whole(self) -> Iterator[Reference]:
         """Within, the head's weight is whole. A collective under ZeRO-3."""
+        head, transform = self.model.get_output_embeddings(), _logit_transform(self.model.config.get_text_config())
         with ExitStack() as gathered:
-            for parameter in self.head.parameters():
+            for parameter in head.parameters():
                 gathered.enter_context(zero.gathered(parameter))
-            yield Reference(self.rows, LinearHead(self.head.weight, self.head.bias, self.transform))
+            yield Reference(self.rows, LinearHead(head.weight, head.bias, transform))
 
 
 class TokenLogprobs(nn.Module):
@@ -59,11 +59,12 @@ class TokenLogprobs(nn.Module):
         loss: LossTerms | None = None,
         reference: HiddenRows | None = None,
         as_reference: bool = False,
-    ) -> TokenValues | HiddenRows:
+    ) -> TokenValues | Tensor:
         """Log-probs of the batch's targets; `is_top` with `with_top`.
 
-        With `loss` also Σ w ℓ over them, w those of the batch. Nothing else can be differentiated. `reference`: what
-        another model, of the same vocabulary, has answered to this batch `as_reference`.
+        With `loss` also Σ w ℓ over them, w those of the batch. Nothing else can be differentiated. `reference`: another
+        model of the same vocabulary, with what it has answered to this batch `as_reference`: [num_targets, D], what
+        its head is given there.
         """
         alpha = self._neftune_alpha if self.training else 0.0
         with _noise(self.model.get_input_embeddings(), alpha, batch.lengths):
@@ -79,9 +80,7 @@ class TokenLogprobs(nn.Module):
         rows = batch.target_rows
         head = self.model.get_output_embeddings()
         if as_reference:
-            return HiddenRows(
-                hidden[0].index_select(0, rows), head, _logit_transform(self.model.config.get_text_config())
-            )
+            return hidden[0].index_select(0, rows)
         with nullcontext() if reference is None else reference.whole() as compared:
             found: TokenValues = head(
                 hidden[0].index_select(0, rows),
