@@ -194,7 +194,7 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         needed,
         config.model.gradient_checkpointing,
         None if load is None else _floor(config, hardware, sizes, load, dtype.itemsize),
-        _STATE_BYTES * sizes.num_trained + dtype.itemsize * (sizes.num_parameters - sizes.num_trained),
+        _on_disk(sizes, dtype.itemsize),
         anchor_bytes * sizes.num_trained // hardware.num_devices if on_host else 0,
     )
 
@@ -210,6 +210,23 @@ def _anchor_bytes(config: RunConfig, element_bytes: int, stored_dtype: str) -> i
             return 2
         case "auto":
             return 2 if element_bytes == 2 or stored_dtype.endswith("bfloat16") else 4
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """On disk, from config.json alone. Raises ConfigError for models that cannot be read."""
+    import torch
+
+    from sft_dist.model import groups, loading, memory
+
+    model_config = loading.load_config(config.model, config.data.max_length)
+    code = config.model.trust_remote_code
+    causal_lm = memory.model_without_weights(model_config, torch.bfloat16, trust_remote_code=code)
+    groups.freeze(causal_lm, config.model.freeze)
+    return _on_disk(memory.sizes_of(causal_lm), torch.bfloat16.itemsize)
+
+
+def _on_disk(sizes: "Sizes", element_bytes: int) -> int:
+    return _STATE_BYTES * sizes.num_trained + element_bytes * (sizes.num_parameters - sizes.num_trained)
 
 
 def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None:

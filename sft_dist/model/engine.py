@@ -320,14 +320,6 @@ class Engine:
             write_file(folder / name, content)
         collectives.barrier()
 
-    def use_safe_files(self) -> None:
-        """Load without pickle rights."""
-
-        def load(path: str, map_location: Any = None) -> dict[str, Any]:
-            return zero.safe_load(path, mmap=False)
-
-        self._engine.checkpoint_engine.load = load
-
     def load(self, folder: Path) -> None:
         """Take the state of a checkpoint, whatever number of ranks wrote it; for engines that train.
 
@@ -395,7 +387,6 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
     reference = _frozen_engine(config, world, initial, may_persist=False)[0] if config.anchor.kl else None
     result = Engine(engine, world, reduce_once=reduce_once, settings=settings, reference=reference)
-    result.use_safe_files()
     if config.anchor.decay:
         result.decay_to_start(config)
     return result
