@@ -85,6 +85,9 @@ class ModelConfig(Section):
     """Run Python code that comes with the model. Recorded in every checkpoint when on."""
     control_tokens: tuple[str, ...] = ()
     """Control tokens that the template uses and the tokenizer lacks; their embeddings start at the mean of all."""
+    freeze: tuple[str, ...] = ()
+    """Name patterns (fnmatch) of parameters that are not trained, such as `*embed_tokens*` or `model.layers.[0-7].*`;
+    nothing of the optimizer is kept for them."""
 
 
 RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
@@ -169,9 +172,28 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's denominator term."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of matrices; vectors (norms, biases) never decay."""
+    """Decoupled weight decay of matrices, toward zero; vectors (norms, biases) never decay. Toward θ̂: anchor.decay."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor d of the learning rate from each layer to the one below: the head learns at the full rate, the highest of
+    n decoder layers at d times it, embeddings (a head tied to them, too) at d^(n + 1)."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the global gradient norm to this; 0: no clipping."""
+
+
+class AnchorConfig(Section):
+    decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of all trained parameters toward θ̂, the weights at step 0 (L2-SP); 0: none."""
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of KL(p_θ̂ ‖ p_θ) over the whole vocabulary, added to each target's loss; 0: none. It takes a frozen
+    copy of the model, sharded over the ranks, and one more forward."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the copy of θ̂ that anchor.decay needs; auto: bfloat16 where that is exact, else float32."""
+    device: Literal["host", "device"] = "host"
+    """Where each rank keeps its part of that copy: in the host's memory, which is read every step, or in the GPU's.
+    With anchor.kl the decay uses the frozen copy, and neither key counts."""
+    drift: Literal["evaluations", "end", "never"] = "evaluations"
+    """When to measure how far θ is from θ̂, by layer and kind of weight: after each evaluation, or at the end alone.
+    Without anchor.decay θ̂ is read from its files each time, each rank its own part."""
 
 
 class ScheduleConfig(Section):
@@ -263,6 +285,7 @@ class RunConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    anchor: AnchorConfig = AnchorConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     deepspeed: str = "auto"
     """DeepSpeed file: a path, or the name of one in ds_configs; auto: zero3 on GPU, cpu on CPU."""
@@ -276,6 +299,15 @@ class RunConfig(Section):
     def _betas_below_one(self) -> "RunConfig":
         if max(self.optimizer.betas) >= 1.0:
             raise ValueError(f"optimizer.betas must be below 1, got {list(self.optimizer.betas)}")
+        return self
+
+    @model_validator(mode="after")
+    def _decays_less_than_all(self) -> "RunConfig":
+        if (share := self.optimizer.learning_rate * self.anchor.decay) >= 1.0:
+            raise ValueError(
+                f"anchor.decay times optimizer.learning_rate is the share of the way back to θ̂ that every step goes; "
+                f"it must be below 1, got {share:g}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -300,7 +332,7 @@ _CHANGEABLE = (
     *("model.allow_new_parameters", "model.trust_remote_code"),
     *("data.train", "data.heldout", "data.chat_template", "data.cache_dir", "data.num_processes"),
     *("data.on_bad_record", "data.max_refused"),
-    *("batch.packs_per_micro_batch", "batch.reduce_once", "deepspeed"),
+    *("batch.packs_per_micro_batch", "batch.reduce_once", "deepspeed", "anchor.device", "anchor.drift"),
     *("checkpoint.", "evaluate.", "logging.", "numbers.", "watchdog."),
 )
 
@@ -333,6 +365,10 @@ TRANSLATIONS = {
     "eval_steps": "evaluate.every",
     "bf16": "model.dtype: bfloat16",
     "max_grad_norm": "optimizer.max_grad_norm",
+    "layerwise_lr_decay": "optimizer.layer_decay",
+    "llrd": "optimizer.layer_decay",
+    "freeze_layers": "model.freeze (patterns over parameter names)",
+    "unfrozen_parameters": "model.freeze (patterns of what is not trained)",
     "train_on_inputs": "objective.train_on: all",
     "packing": "nothing: packing is always on",
     "neftune_noise_alpha": "objective.neftune_alpha",

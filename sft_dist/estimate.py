@@ -86,6 +86,7 @@ class Estimate:
     recomputes_layers: bool
     floor: Floor | None
     checkpoint_bytes: int
+    host_bytes: int  # of the model's, on the host of each GPU
 
 
 def run(config: RunConfig, *, num_gpus: int | None, gpu_memory_gib: float | None, device_name: str | None) -> ExitCode:
@@ -143,7 +144,7 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     """From config.json alone. Raises ConfigError for models that cannot be read or trained."""
     import torch
 
-    from sft_dist.model import fused_head, loading, memory, sharding
+    from sft_dist.model import fused_head, groups, loading, memory, sharding
     from sft_dist.model.engine import resolve_deepspeed_config
     from sft_dist.model.layers import decoder_layers
 
@@ -153,7 +154,10 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     in_half = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and hardware.is_gpu)
     dtype = torch.bfloat16 if in_half else torch.float32
     causal_lm = memory.model_without_weights(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
+    groups.freeze(causal_lm, config.model.freeze)
     sizes = memory.sizes_of(causal_lm)
+    anchor_bytes = _anchor_bytes(config, dtype.itemsize, str(getattr(model_config, "dtype", "")))
+    on_host = hardware.is_gpu and config.anchor.device == "host"
     named = "zero3" if hardware.is_gpu else "cpu"
     settings = resolve_deepspeed_config(
         config.model_copy(update={"deepspeed": named if config.deepspeed == "auto" else config.deepspeed})
@@ -179,6 +183,8 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         element_bytes=dtype.itemsize,
         reduces_once=reduces_once,
         reserves_buckets=hardware.is_gpu,
+        anchor_bytes=0 if on_host else anchor_bytes,
+        compares=config.anchor.kl > 0,
     )
     return Estimate(
         hardware,
@@ -188,20 +194,39 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         needed,
         config.model.gradient_checkpointing,
         None if load is None else _floor(config, hardware, sizes, load, dtype.itemsize),
-        _STATE_BYTES * sizes.num_parameters,
+        _on_disk(sizes, dtype.itemsize),
+        anchor_bytes * sizes.num_trained // hardware.num_devices if on_host else 0,
     )
+
+
+def _anchor_bytes(config: RunConfig, element_bytes: int, stored_dtype: str) -> int:
+    """Of a parameter in the copy of θ̂ that anchor.decay needs."""
+    if not config.anchor.decay or config.anchor.kl:
+        return 0  # with anchor.kl the frozen model is the copy
+    match config.anchor.dtype:
+        case "float32":
+            return 4
+        case "bfloat16":
+            return 2
+        case "auto":
+            return 2 if element_bytes == 2 or stored_dtype.endswith("bfloat16") else 4
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """On disk, from config.json alone. Raises ConfigError for models that cannot be read."""
     import torch
 
-    from sft_dist.model import loading, memory
+    from sft_dist.model import groups, loading, memory
 
     model_config = loading.load_config(config.model, config.data.max_length)
     code = config.model.trust_remote_code
     causal_lm = memory.model_without_weights(model_config, torch.bfloat16, trust_remote_code=code)
-    return _STATE_BYTES * memory.sizes_of(causal_lm).num_parameters
+    groups.freeze(causal_lm, config.model.freeze)
+    return _on_disk(memory.sizes_of(causal_lm), torch.bfloat16.itemsize)
+
+
+def _on_disk(sizes: "Sizes", element_bytes: int) -> int:
+    return _STATE_BYTES * sizes.num_trained + element_bytes * (sizes.num_parameters - sizes.num_trained)
 
 
 def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None:
@@ -209,7 +234,13 @@ def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None
     cost = cost_model(config.model, is_main=True) if data is None else data[1].cost_model
     if cost == BY_TOKENS:
         return None
-    hardware_cost = cost.with_recomputation("full" if config.model.gradient_checkpointing else "none")
+    again = cost.with_recomputation("full" if config.model.gradient_checkpointing else "none")
+
+    def on_hardware(lengths: Any, num_targets: int) -> float:
+        """With what is recomputed, and with a forward of the frozen model, a third of forward and backward."""
+        frozen = cost.flops(lengths, num_targets) / 3 if config.anchor.kl else 0.0
+        return again.flops(lengths, num_targets) + frozen
+
     row = config.data.max_length
     per_forward = config.batch.packs_per_micro_batch
     if data is None:
@@ -222,7 +253,7 @@ def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None
             tokens,
             tokens,
             cost.flops(lengths, tokens),
-            hardware_cost.flops(lengths, tokens),
+            on_hardware(lengths, tokens),
             per_forward * row,
         )
     selection, plan = data
@@ -238,7 +269,7 @@ def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None
         float(lengths.sum()) / len(steps),
         num_targets / len(steps),
         cost.flops(lengths, num_targets) / len(steps),
-        hardware_cost.flops(lengths, num_targets) / len(steps),
+        on_hardware(lengths, num_targets) / len(steps),
         sum(most),
     )
 
@@ -247,13 +278,14 @@ def _floor(config: RunConfig, hardware: Hardware, sizes: "Sizes", load: Load, el
     """Compute and communication of a step, each at its peak rate; ranks wait for the one with the most packs.
 
     Every forward gathers the weights, every backward gathers them again and reduces gradients: 3 Ψ elements, of which
-    a rank moves the share (R - 1) / R. Rajbhandari et al., "ZeRO", 2020, section 7.
+    a rank moves the share (R - 1) / R (Rajbhandari et al., "ZeRO", 2020, section 7); the frozen model of anchor.kl is
+    gathered once.
     """
     ranks, packs = hardware.num_devices, config.batch.global_packs
     forwards = _forwards(config, ranks)
     idle = forwards * ranks * config.batch.packs_per_micro_batch / packs
     compute_s = load.hardware_flops * idle / (hardware.flops_per_s * ranks)
-    moved = forwards * 3 * sizes.num_parameters * element_bytes * (ranks - 1) / ranks
+    moved = forwards * (4 if config.anchor.kl else 3) * sizes.num_parameters * element_bytes * (ranks - 1) / ranks
     if not moved:
         return Floor(compute_s, 0.0)
     return Floor(compute_s, None if hardware.link_bytes_per_s is None else moved / hardware.link_bytes_per_s)
@@ -326,7 +358,8 @@ def _memory_lines(config: RunConfig, result: Estimate, measured: dict[str, Any] 
         yield f"  {f'activations {text}':<40}{activations / GIB:>8.2f}"
         yield f"  {f'total {text}':<40}{total:>8.2f}  {_fits(total, hardware)}{chosen}"
     if hardware.is_gpu:
-        yield "  and on the host about 3 GiB for the libraries of each rank; nothing of the model stays there"
+        stays = f"{result.host_bytes / GIB:.2f} GiB of θ̂" if result.host_bytes else "nothing of the model"
+        yield f"  and on the host about 3 GiB for the libraries of each rank; {stays} stays there"
     if measured is not None and measured.get("memory_gib"):
         yield f"  measured by the run in {config.run_dir}, on {measured['ranks']} rank(s): {measured['memory_gib']:.2f}"
 

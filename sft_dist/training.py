@@ -109,6 +109,7 @@ def _with_group(
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
     from sft_dist.train import checkpoint, contract, files, rundir
+    from sft_dist.train.drift import DriftMeter
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
     from sft_dist.train.profiling import Profile
@@ -133,8 +134,13 @@ def _with_group(
     if world.is_main:
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
-    initial = None if resumed is not None else initial_weights(config, say_once)
+    lost = None if resumed is None else contract.start_lost(resumed.manifest, facts)
+    measures = config.anchor.drift != "never" and lost is None
+    # No checkpoint holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
+    needs_start = resumed is None or measures or config.anchor.decay > 0 or config.anchor.kl > 0
+    initial = initial_weights(config, say_once) if needs_start else None
     engine = engines.training_engine(config, world, initial)
+    pretrained = engine.pretrained(config, initial) if measures else None
     engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
     state = checkpoint.TrainState()
@@ -145,10 +151,12 @@ def _with_group(
             checkpoint.mark_best(run_dir, state)
         say_once(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
+    drift = DriftMeter(engine, metrics, pretrained, at_evaluations=config.anchor.drift == "evaluations")
     planned = plan_heldout(heldout) if heldout is not None else None
     profile = Profile(run_dir / "profile", state.step) if with_profile and world.is_main else None
     try:
-        return Run(config, world, engine, selection, plan, planned, state, metrics, facts, profile, watchdog).train()
+        run = Run(config, world, engine, selection, plan, planned, state, metrics, facts, profile, watchdog, drift)
+        return run.train()
     finally:
         metrics.close()
 

@@ -105,6 +105,34 @@ def test_states_of_8_gpus_are_eighths_of_what_zero_counts(large: RunConfig) -> N
     assert found.checkpoint_bytes == 12 * LLAMA_8B_PARAMETERS
 
 
+def test_frozen_weights_have_no_states_and_every_copy_of_the_start_is_counted(large: RunConfig) -> None:
+    def asked(freeze: tuple[str, ...] = (), **anchor: Any) -> estimate.Estimate:
+        sections = {
+            "model": large.model.model_copy(update={"freeze": freeze}),
+            "anchor": large.anchor.model_copy(update=anchor),
+        }
+        return estimate.estimate(large.model_copy(update=sections), EIGHT, None)
+
+    def parts(found: estimate.Estimate) -> dict[str, int]:
+        assert found.memory is not None
+        return found.memory.parts
+
+    plain, frozen = asked(), asked(freeze=("*.layers.*", "lm_head*"))
+    trained = 128_256 * 4_096 + 4_096  # embeddings and the last norm
+    assert parts(frozen)["weights"] == parts(plain)["weights"]
+    assert parts(frozen)["Adam moments"] == 8 * trained // 8
+    assert frozen.checkpoint_bytes == 12 * trained + 2 * (LLAMA_8B_PARAMETERS - trained)
+    on_host, on_device, compared = asked(decay=1.0), asked(decay=1.0, device="device", dtype="float32"), asked(kl=1.0)
+    assert plain.host_bytes == 0 and on_host.host_bytes == 2 * LLAMA_8B_PARAMETERS // 8
+    assert parts(on_host) == parts(plain)
+    assert parts(on_device) == parts(plain) | {"copy of θ̂": 4 * LLAMA_8B_PARAMETERS // 8}
+    more = {name: size - parts(plain).get(name, 0) for name, size in parts(compared).items()}
+    assert more["frozen model"] == 2 * LLAMA_8B_PARAMETERS // 8 and more["frozen model, gathered"] > 0
+    assert more["head"] > 0 and not any(more[name] for name in ("weights", "master weights", "gradients"))
+    assert plain.floor is not None and compared.floor is not None
+    assert compared.floor.compute_s == pytest.approx(plain.floor.compute_s * 10 / 8, rel=0.03)
+
+
 @pytest.mark.parametrize(("recomputes", "factors"), [(True, (8, 9)), (False, (6, 7))])
 def test_the_floor_of_full_packs_is_that_of_the_formula(
     large: RunConfig, recomputes: bool, factors: tuple[int, int]

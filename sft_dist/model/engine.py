@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 import sft_dist
-from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
+from sft_dist.config import ModelConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
-from sft_dist.model import attention, loading, resharding, sharding, zero
+from sft_dist.model import anchor, attention, groups, loading, resharding, sharding, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
-from sft_dist.model.logprobs import TokenLogprobs
+from sft_dist.model.logprobs import HiddenRows, TokenLogprobs
 from sft_dist.model.snapshot import Snapshot, write_file
+from sft_dist.model.stored import StoredTensors
 
 # Keys of a DeepSpeed file that belong to the run file, and their home there.
 _DECIDED_BY_RUN_FILE = {
@@ -124,16 +125,25 @@ class Engine:
     """One model over all ranks. Every method is called by all ranks at the same line.
 
     `reduce_once`: the micro-batches of a step add up their gradients on each rank, and the last one reduces the sum.
+    `reference`: DeepSpeed's engine of the frozen θ̂, for losses that compare with it.
     `settings`: what was derived from the model and the memory at hand, for the record.
     """
 
     def __init__(
-        self, engine: Any, world: World, *, reduce_once: bool = False, settings: dict[str, Any] | None = None
+        self,
+        engine: Any,
+        world: World,
+        *,
+        reduce_once: bool = False,
+        settings: dict[str, Any] | None = None,
+        reference: Any = None,
     ) -> None:
         self.settings = settings or {}
         self._engine = engine
         self._world = world
         self._reduce_once = reduce_once
+        self._reference = reference
+        self._pretrained: anchor.Pretrained | None = None  # where training needs it in memory
         self._reduction = ExitStack()  # open between the first backward of a step and its last
         self._is_open = False
 
@@ -166,9 +176,18 @@ class Engine:
     def loss(self, batch: Batch, terms: LossTerms, *, with_top: bool = False) -> tuple[Tensor, TokenValues]:
         """Σ w ℓ over the targets of this rank's batch, to be given to `backward`, and their `token_values`."""
         self._check_ids(batch)
-        values: TokenValues = self._engine(batch.to(self.device), with_top=with_top, loss=terms)
+        own = batch.to(self.device)
+        values: TokenValues
+        if terms.kl:
+            values = self._engine(own, with_top=with_top, loss=terms, reference=self._answer_of_reference(own))
+        else:
+            values = self._engine(own, with_top=with_top, loss=terms)
         assert values.loss is not None
         return values.loss, values
+
+    def _answer_of_reference(self, batch: Batch) -> HiddenRows:
+        with torch.no_grad():
+            return HiddenRows(self._reference(batch, as_reference=True), self._reference.module.model)
 
     def _check_ids(self, batch: Batch) -> None:
         loading.check_ids(self.causal_lm.config, batch.largest_id)
@@ -203,6 +222,12 @@ class Engine:
         self._engine.step()
         return bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
 
+    def _in_reference(self) -> anchor.Pretrained | None:
+        if self._reference is None:
+            return None
+        parameters = self._reference.module.model.named_parameters()
+        return anchor.Pretrained({name: self._own(p, p.ds_tensor.data.reshape(-1)) for name, p in parameters}, {})
+
     def local_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 [n] on the CPU): this rank's part of the gradient that the last backward completed."""
         for name, shard in self._local_gradients():
@@ -236,11 +261,36 @@ class Engine:
 
     def set_lr(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_factor"]
+
+    def own_parts(self) -> list[anchor.Part]:
+        """This rank's part of every parameter, by the names of transformers; for engines that train."""
+        return anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
+
+    def decay_to_start(self, config: RunConfig) -> None:
+        """Decay toward θ̂, the weights as they are now, with every step from now on."""
+        self._pretrained = self._in_reference() or anchor.kept_in_memory(self.own_parts(), config.anchor)
+        exempt = config.model.allow_new_parameters  # no pre-trained value is known to stay at
+        anchor.pull(self._engine, self._pretrained, decay=config.anchor.decay, exempt=exempt, prefix=_WRAPPED)
+
+    def pretrained(self, config: RunConfig, initial: Path | None) -> anchor.Pretrained:
+        """This rank's part of θ̂; to be asked for before the weights, as the files gave them, change."""
+        if (known := self._pretrained or self._in_reference()) is not None:
+            return known
+        shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.causal_lm.named_parameters()}
+        if initial is not None:
+            readers = _checkpoint_readers(initial, shapes)
+        else:
+            folder = loading.folder_of(config.model.path)
+            files = StoredTensors(folder)
+            readers = anchor.file_readers(files, shapes, self.causal_lm.base_model_prefix)
+        return anchor.read_again(self.own_parts(), readers, config.anchor)
 
     def close(self) -> None:
         """Free the memory of the weights, for another model; the engine answers nothing after that."""
-        zero.release(self._engine.module)
+        for engine in (self._engine, self._reference):
+            if engine is not None:
+                zero.release(engine.module)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -292,6 +342,15 @@ def stored_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
         yield name.removeprefix(_WRAPPED), value
 
 
+def _checkpoint_readers(checkpoint: Path, names: Iterable[str]) -> dict[str, anchor.Reader]:
+    shards = resharding.Shards(checkpoint / _SHARDS)
+
+    def reader(name: str) -> anchor.Reader:
+        return lambda into, start: shards.copy(_WRAPPED + name, "weight", into, start=start)
+
+    return {name: reader(name) for name in names}
+
+
 def stored_numel(checkpoint: Path) -> dict[str, int]:
     return {name.removeprefix(_WRAPPED): n for name, n in resharding.stored_numel(checkpoint / _SHARDS).items()}
 
@@ -302,12 +361,15 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
 
     tree = resolve_deepspeed_config(config)
     model, layers = _sharded_model(config, world, tree, initial, seed=config.seed)
+    frozen = groups.freeze(model.model, config.model.freeze)
+    if frozen is not None and world.is_main:
+        say(frozen)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
     if config.model.compile:
         compile_layers(layers)
     optimizer = torch.optim.AdamW(
-        _parameter_groups(model, config.optimizer),
+        groups.parameter_groups(model.model, layers, config.optimizer),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -331,7 +393,11 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     zero.clear_padding(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
-    return Engine(engine, world, reduce_once=reduce_once, settings=settings)
+    reference = _frozen_engine(config, world, initial, may_persist=False)[0] if config.anchor.kl else None
+    result = Engine(engine, world, reduce_once=reduce_once, settings=settings, reference=reference)
+    if config.anchor.decay:
+        result.decay_to_start(config)
+    return result
 
 
 def inference_engine(config: RunConfig, world: World, weights: Path | None) -> Engine:
@@ -339,6 +405,14 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None) -> E
 
     Raises ConfigError for parameters that neither the model's files nor `weights` hold.
     """
+    engine, settings = _frozen_engine(config, world, weights, may_persist=True)
+    return Engine(engine, world, settings=settings)
+
+
+def _frozen_engine(
+    config: RunConfig, world: World, weights: Path | None, *, may_persist: bool
+) -> tuple[Any, dict[str, int]]:
+    """DeepSpeed's engine for forwards alone, and its settings; `may_persist`: weights may stay whole."""
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
@@ -349,10 +423,12 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None) -> E
     element_bytes = model.model.dtype.itemsize
     shapes = sharding.shapes_of(model.model, layers)
     budget = sharding.memory_budget(_device_bytes(world), -(-shapes.total * element_bytes // world.size))
-    values = sharding.inference_settings(shapes, element_bytes=element_bytes, memory_budget_bytes=budget)
+    values = sharding.inference_settings(
+        shapes, element_bytes=element_bytes, memory_budget_bytes=budget if may_persist else None
+    )
     engine, *_ = deepspeed.initialize(model=model, config=sharding.filled(tree, values))
     engine.eval()
-    return Engine(engine, world, settings=values)
+    return engine, values
 
 
 def _device_bytes(world: World) -> int:
@@ -409,15 +485,6 @@ def _sharded_model(
     if weights is not None:
         zero.assign(model, stored_parameters(weights))
     return wrapped, layers
-
-
-def _parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if not zero.is_vector(p)], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in trained if zero.is_vector(p)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _recompute_layers(causal_lm: Any) -> None:

@@ -23,14 +23,17 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """What a target costs: (1 − ε)·nll + ε·mean_v(−log p_v) + ζ·log² Z. docs/objective.md, section 5.
+    """What a target costs: (1 − ε)·nll + ε·mean_v(−log p_v) + ζ·log² Z + β·KL(p̂ ‖ p). docs/objective.md, section 5.
 
     ε: label smoothing, Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
     ζ: z-loss, Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, section 5.
+    β: distillation from the model that training starts from, Li and Hoiem, "Learning without Forgetting", 2016, eq. 2
+    with temperature 1.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    kl: float = 0.0  # needs a Reference, whose distribution is p̂
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,14 @@ class LinearHead:
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     transform: LogitTransform = LogitTransform()
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A frozen model's own last hidden states for the same rows, and its head. Nothing of it is differentiated."""
+
+    rows: Tensor  # [R, D]
+    head: LinearHead
 
 
 class TokenValues(NamedTuple):
@@ -82,15 +93,24 @@ def values(rows: Tensor, targets: Tensor, head: LinearHead, *, with_top: bool = 
 
 
 def weighted_loss(
-    rows: Tensor, targets: Tensor, weights: Tensor, head: LinearHead, terms: LossTerms, *, with_top: bool = False
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    head: LinearHead,
+    terms: LossTerms,
+    *,
+    with_top: bool = False,
+    reference: Reference | None = None,
 ) -> TokenValues:
     """As `values`, and the loss Σ w ℓ with weights [R], which can be differentiated once by rows, weight and bias.
 
     R may be 0: a zero that is connected to the graph.
     """
+    assert (reference is not None) == bool(terms.kl)
     loss, logprob, is_top = _WeightedLoss.apply(
-        rows, head.weight, head.bias, targets, weights, head.transform, terms, with_top, torch.is_grad_enabled()
-    )
+        rows, head.weight, head.bias, targets, weights, head.transform, terms, with_top, torch.is_grad_enabled(),
+        reference,
+    )  # fmt: skip
     return TokenValues(logprob, is_top, loss)
 
 
@@ -107,6 +127,7 @@ class _WeightedLoss(torch.autograd.Function):
         terms: LossTerms,
         with_top: bool,
         with_gradient: bool,
+        reference: Reference | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         head = LinearHead(weight, bias, transform)
         wide = _wide(rows)
@@ -120,16 +141,23 @@ class _WeightedLoss(torch.autograd.Function):
         weights = weights.to(wide)
         loss = torch.zeros((), dtype=wide, device=rows.device)
         logprobs, is_top = [], []
-        for chunk, buffer in _chunks(rows, head):
+        for chunk, buffer, *more in _chunks(rows, head, num_buffers=1 if reference is None else 3):
             logits = _logits(rows[chunk], head, buffer)
             slope = _softcap_slope(logits, transform) if is_needed else None
+            of_reference = None if reference is None else _compare(logits, reference, chunk, more)
             softmax = _softmax(logits, targets[chunk], with_top=with_top, with_mean=bool(terms.label_smoothing))
-            loss += (weights[chunk] * _losses(softmax, terms)).sum()
+            losses = _losses(softmax, terms)
+            if of_reference is not None:
+                losses += terms.kl * (of_reference.surplus + softmax.log_normaliser)
+            loss += (weights[chunk] * losses).sum()
             logprobs.append(softmax.logprob)
             is_top.append(softmax.is_top)
             if not is_needed:
                 continue
-            gradient = _logit_gradient(softmax, targets[chunk], weights[chunk] * transform.factor, terms)  # [C, V]
+            of_logits = weights[chunk] * transform.factor
+            gradient = _logit_gradient(softmax, targets[chunk], of_logits, terms)  # [C, V]
+            if of_reference is not None:
+                gradient.addcmul_(of_reference.probabilities, (of_logits * terms.kl)[:, None], value=-1)
             if slope is not None:
                 gradient.mul_(slope)
             if of_bias is not None:
@@ -153,7 +181,7 @@ class _WeightedLoss(torch.autograd.Function):
             None if gradient is None else torch.mul(gradient, of_loss, out=torch.empty_like(gradient, dtype=dtype))
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None)
 
 
 class _Softmax(NamedTuple):
@@ -165,18 +193,40 @@ class _Softmax(NamedTuple):
     is_top: Tensor | None  # [C]
 
 
+class _Compared(NamedTuple):
+    probabilities: Tensor  # [C, V], q_v of the reference
+    surplus: Tensor  # [C], Σ_v q_v (log q_v − z_v): with log Z of the logits z it is KL(q ‖ p)
+
+
+def _compare(logits: Tensor, reference: Reference, chunk: slice, buffers: list[Tensor]) -> _Compared:
+    """Writes to two buffers [C, V] and leaves `logits` as they are."""
+    log_q = _logits(reference.rows[chunk], reference.head, buffers[0])
+    top = log_q.amax(-1, keepdim=True)
+    q = torch.sub(log_q, top, out=buffers[1]).exp_()
+    total = q.sum(-1, keepdim=True)
+    q /= total
+    log_q -= top + total.log()
+    return _Compared(q, log_q.sub_(logits).mul_(q).sum(-1))
+
+
 def _wide(rows: Tensor) -> torch.dtype:
     return torch.promote_types(rows.dtype, torch.float32)
 
 
-def _chunks(rows: Tensor, head: LinearHead) -> list[tuple[slice, Tensor]]:
-    """Chunks of nearly equal size with the memory of their logits, the same for all. At least one, if it is empty."""
+def _chunks(rows: Tensor, head: LinearHead, *, num_buffers: int = 1) -> list[tuple[Any, ...]]:
+    """Chunks of nearly equal size, each a slice and memory for its logits, the same for all; at least one, if empty.
+
+    With more than one buffer chunks have half the rows.
+    """
     num_rows, vocab_size = len(rows), len(head.weight)
-    num_chunks = max(-(-num_rows // chunk_rows(vocab_size, rows.device.type)), 1)
+    largest = max(chunk_rows(vocab_size, rows.device.type) // (1 if num_buffers == 1 else 2), 1)
+    num_chunks = max(-(-num_rows // largest), 1)
     size = -(-num_rows // num_chunks)
-    buffer = torch.empty(size, vocab_size, dtype=_wide(rows), device=rows.device)
+    buffers = [torch.empty(size, vocab_size, dtype=_wide(rows), device=rows.device) for _ in range(num_buffers)]
     starts = range(0, num_rows, size) if num_rows else (0,)
-    return [(slice(start, start + size), buffer[: min(size, num_rows - start)]) for start in starts]
+    return [
+        (slice(start, start + size), *(buffer[: min(size, num_rows - start)] for buffer in buffers)) for start in starts
+    ]
 
 
 def _logits(rows: Tensor, head: LinearHead, out: Tensor) -> Tensor:
@@ -231,8 +281,11 @@ def _losses(softmax: _Softmax, terms: LossTerms) -> Tensor:
 
 
 def _logit_gradient(softmax: _Softmax, targets: Tensor, weights: Tensor, terms: LossTerms) -> Tensor:
-    """[C, V]: w ∂ℓ/∂z_v = w·[(1 + 2ζ log Z)·p_v − (1 − ε)·1(v = target) − ε/V]. Overwrites the exponentials."""
-    of_probability = weights * (1 + 2 * terms.z_loss * softmax.log_normaliser)
+    """[C, V]: w ∂ℓ/∂z_v = w·[(1 + 2ζ log Z + β)·p_v − (1 − ε)·1(v = target) − ε/V], to which −w·β·q_v is to be added.
+
+    Overwrites the exponentials.
+    """
+    of_probability = weights * (1 + terms.kl + 2 * terms.z_loss * softmax.log_normaliser)
     gradient = softmax.exponentials.mul_((of_probability / softmax.total)[:, None])
     if terms.label_smoothing:
         gradient -= (weights * (terms.label_smoothing / gradient.shape[1]))[:, None]

@@ -72,6 +72,15 @@ def load_config(model: ModelConfig, max_length: int) -> Any:
     return config
 
 
+def folder_of(path: str) -> Path:
+    """The folder that holds a model's files: the path itself, or of a Hub id where it was downloaded to."""
+    from transformers.utils import cached_file
+
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(cached_file(path, "config.json", local_files_only=True)).parent
+
+
 def weights_fingerprint(path: str, model_config: Any) -> str:
     """Identity of a model folder's weights, without reading all of them; of a Hub id its commit.
 

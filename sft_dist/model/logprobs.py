@@ -6,16 +6,34 @@ so that ZeRO-3 gathers its weight for it; what it then computes is model/fused_h
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sft_dist.errors import ConfigError
-from sft_dist.model import fused_head
+from sft_dist.model import fused_head, zero
 from sft_dist.model.batch import Batch
-from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, TokenValues
+from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, Reference, TokenValues
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenRows:
+    """What a causal language model gives to its head at a batch's targets, and the model, sharded as it is."""
+
+    rows: Tensor  # [R, D]
+    model: Any
+
+    @contextmanager
+    def whole(self) -> Iterator[Reference]:
+        """Within, the head's weight is whole. A collective under ZeRO-3."""
+        head, transform = self.model.get_output_embeddings(), _logit_transform(self.model.config.get_text_config())
+        with ExitStack() as gathered:
+            for parameter in head.parameters():
+                gathered.enter_context(zero.gathered(parameter))
+            yield Reference(self.rows, LinearHead(head.weight, head.bias, transform))
 
 
 class TokenLogprobs(nn.Module):
@@ -33,10 +51,20 @@ class TokenLogprobs(nn.Module):
             raise ConfigError(f"model.path: its head is a {type(head).__name__}; only linear heads are known here")
         head.forward = _with_targets(head, _logit_transform(model.config.get_text_config()))  # type: ignore[method-assign]
 
-    def forward(self, batch: Batch, *, with_top: bool = False, loss: LossTerms | None = None) -> TokenValues:
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        with_top: bool = False,
+        loss: LossTerms | None = None,
+        reference: HiddenRows | None = None,
+        as_reference: bool = False,
+    ) -> TokenValues | Tensor:
         """Log-probs of the batch's targets; `is_top` with `with_top`.
 
-        With `loss` also Σ w ℓ over them, w those of the batch. Nothing else can be differentiated.
+        With `loss` also Σ w ℓ over them, w those of the batch. Nothing else can be differentiated. `reference`: another
+        model of the same vocabulary, with what it has answered to this batch `as_reference`: [num_targets, D], what
+        its head is given there.
         """
         alpha = self._neftune_alpha if self.training else 0.0
         with _noise(self.model.get_input_embeddings(), alpha, batch.lengths):
@@ -50,13 +78,18 @@ class TokenLogprobs(nn.Module):
                 segment_parents=batch.parents,
             ).last_hidden_state  # [1, T, D]
         rows = batch.target_rows
-        found: TokenValues = self.model.get_output_embeddings()(
-            hidden[0].index_select(0, rows),
-            batch.targets[0, rows],
-            weights=batch.weights[0, rows],
-            terms=loss,
-            with_top=with_top,
-        )
+        head = self.model.get_output_embeddings()
+        if as_reference:
+            return hidden[0].index_select(0, rows)
+        with nullcontext() if reference is None else reference.whole() as compared:
+            found: TokenValues = head(
+                hidden[0].index_select(0, rows),
+                batch.targets[0, rows],
+                weights=batch.weights[0, rows],
+                terms=loss,
+                with_top=with_top,
+                reference=compared,
+            )
         return found
 
 
@@ -105,6 +138,7 @@ def _with_targets(head: nn.Linear, transform: LogitTransform) -> Callable[..., A
         weights: Tensor | None = None,
         terms: LossTerms | None = None,
         with_top: bool = False,
+        reference: Reference | None = None,
     ) -> Tensor | TokenValues:
         if targets is None:
             return project(hidden)
@@ -112,6 +146,6 @@ def _with_targets(head: nn.Linear, transform: LogitTransform) -> Callable[..., A
         linear = LinearHead(head.weight, head.bias, transform)
         if terms is None or weights is None:
             return fused_head.values(hidden, targets, linear, with_top=with_top)
-        return fused_head.weighted_loss(hidden, targets, weights, linear, terms, with_top=with_top)
+        return fused_head.weighted_loss(hidden, targets, weights, linear, terms, with_top=with_top, reference=reference)
 
     return forward

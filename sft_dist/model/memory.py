@@ -30,6 +30,7 @@ class Sizes:
     """Numbers of a model that its memory follows from; parameters are counted in elements."""
 
     num_parameters: int  # tied ones once
+    num_trained: int
     largest_layer: int
     head: int  # V h
     hidden_size: int
@@ -78,6 +79,7 @@ def sizes_of(causal_lm: Any) -> Sizes:
     head = causal_lm.get_output_embeddings().weight
     return Sizes(
         num_parameters=sum(parameter.numel() for parameter in causal_lm.parameters()),
+        num_trained=sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         head=head.numel(),
         hidden_size=head.shape[1],
@@ -136,40 +138,54 @@ def memory_of(
     element_bytes: int,
     reduces_once: bool,
     reserves_buckets: bool,
+    anchor_bytes: int = 0,
+    compares: bool = False,
 ) -> Memory | None:
     """Of one rank, with `settings` as DeepSpeed reads them; None where what a forward keeps is unknown.
 
     States after Rajbhandari et al., "ZeRO", 2020, section 3.1; buffers as DeepSpeed's stage 3 makes them.
     `reserves_buckets`: whether memory that is asked for counts before it is written (on a GPU, not on a CPU).
+    `anchor_bytes`: of a parameter in a copy of θ̂ on the device. `compares`: whether a
+    frozen copy of the model answers to every batch too.
     """
     if saved is None:
         return None
     zero = _DEFAULTS | dict(settings.get("zero_optimization", {}))
     accumulates_fp32 = settings.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    own = -(-sizes.num_parameters // num_ranks)
+    own, trained = (-(-number // num_ranks) for number in (sizes.num_parameters, sizes.num_trained))
     bucket = zero["reduce_bucket_size"]
     live = min(zero["stage3_max_live_parameters"], sizes.num_parameters)
     largest_gather = max(sizes.largest_layer, sizes.head)
+    rows, width = min(chunk_rows, num_targets), sizes.head // sizes.hidden_size
+    if compares:
+        rows, width = -(-rows // 2), 3 * width  # a chunk of half the rows has three tensors of logits
     parts = {
         "weights": element_bytes * own,
-        "master weights": 4 * own,
-        "Adam moments": 8 * own,
-        "gradients": (4 if accumulates_fp32 else element_bytes) * own,
-        "gradients while stepping": 4 * min(own, zero["sub_group_size"]),
+        "master weights": 4 * trained,
+        "Adam moments": 8 * trained,
+        "gradients": (4 if accumulates_fp32 else element_bytes) * trained,
+        "gradients while stepping": 4 * min(trained, zero["sub_group_size"]),
         # A rank alone has every weight whole.
         "gathered weights": element_bytes * live if num_ranks > 1 else 0,
         "prefetched weights": 0
         if num_ranks == 1 or live == sizes.num_parameters
         else element_bytes * min(zero["stage3_prefetch_bucket_size"], sizes.num_parameters),
         "gradients of a layer or the head": element_bytes * largest_gather,
-        "gradients of the step, whole": 4 * sizes.num_parameters if reduces_once else 0,
+        "gradients of the step, whole": 4 * sizes.num_trained if reduces_once else 0,
         "reduction bucket": element_bytes * (bucket if reserves_buckets else min(bucket, sizes.num_parameters)),
         # Of one chunk the float32 logits, which become their own gradient, and that in the weights' precision; of all
         # targets the hidden states and their gradient; the head's gradient in float32 until the backward pass.
-        "head": min(chunk_rows, num_targets) * sizes.head // sizes.hidden_size * (4 + element_bytes)
+        "head": rows * (4 * width + element_bytes * sizes.head // sizes.hidden_size)
         + 2 * element_bytes * num_targets * sizes.hidden_size
         + 4 * sizes.head,
     }
+    if anchor_bytes and not compares:
+        parts["copy of θ̂"] = anchor_bytes * trained
+    if compares:
+        parts["frozen model"] = element_bytes * own
+        gathered = min(2 * sizes.largest_layer + sizes.head, sizes.num_parameters)
+        parts["frozen model, gathered"] = element_bytes * gathered if num_ranks > 1 else 0
+        parts["frozen model, hidden states"] = 4 * element_bytes * num_tokens * sizes.hidden_size
     layer_inputs = element_bytes * num_tokens * sizes.hidden_size * sizes.num_layers
     # While a layer's backward runs, gradients of about half of what it saved are alive beside it.
     flowing = saved.largest_layer // 2

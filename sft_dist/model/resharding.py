@@ -252,9 +252,9 @@ def _group_faults(before: Sequence[frozenset[str]], engine: Any) -> list[str]:
     for group, members in names.items():
         # The one most of them come from is theirs; the others have moved.
         old = max(range(len(before)), key=lambda number: len(before[number] & members))
-        decay = engine.optimizer.optimizer.param_groups[group]["weight_decay"]
+        now = engine.optimizer.optimizer.param_groups[group]["name"]
         for name in members - before[old]:
-            faults.append(f"{name}: in another parameter group than before, now that of weight decay {decay}")
+            faults.append(f"{name}: in another parameter group than before, now that of {now}")
     return faults
 
 

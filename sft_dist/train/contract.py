@@ -11,6 +11,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError
 from sft_dist.model.engine import compute_dtype, states_dtype
 from sft_dist.model.loading import weights_fingerprint
-from sft_dist.train.checkpoint import Checkpoint
+from sft_dist.train.checkpoint import MANIFEST, Checkpoint, step_folders
 
 # Of the model's configuration, what describes the file and not the function.
 _NOT_MATHEMATICS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
@@ -61,6 +62,7 @@ def facts(
         "stop_ids": dataset.manifest["stop_ids"],
         "model": {key: value for key, value in tree.items() if key not in _NOT_MATHEMATICS},
         "weights": weights_fingerprint(config.model.path, model_config),
+        "initial": _initial(config.model.init_from),
         "trust_remote_code": config.model.trust_remote_code,
         "versions": {"sft_dist": __version__, "python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
@@ -104,6 +106,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     ):
         if before[fact] != now[fact]:
             found.append((key, _pair(name, before[fact], now[fact])))
+    lost = start_lost(before, now)
+    needed_by = [key for key in ("anchor.decay", "anchor.kl") if new[key]]
+    if lost is not None and needed_by:
+        found.append((lost[0], f"{lost[1]}, and {needed_by[0]} needs the weights that training started from"))
     rendering = _of_tokenizer(before["tokenizer"], now["tokenizer"]) + _of_template(before["template"], now["template"])
     is_explained = bool(rendering) or any(key in _RENDERING for key, _ in found)
     found += _of_model(before, now) + rendering + _of_data(before, now, is_explained=is_explained)
@@ -111,6 +117,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
         # The same of everything, and yet another order: of another numpy, or packed by other code.
         found.append(("seed", f"the order of samples: other ones in step 1 than before ({_versions(before, now)})"))
     return found
+
+
+def start_lost(before: Mapping[str, Any], now: Mapping[str, Any]) -> Difference | None:
+    """Why the weights at step 0, which no checkpoint holds, cannot be had again; None where they can."""
+    if before["initial"] != now["initial"]:
+        pair = _pair("model.init_from (its newest checkpoint, sha256)", before["initial"], now["initial"])
+        return "model.init_from", pair
+    if now["initial"] is None and before["weights"] != now["weights"]:
+        return "model.path", _pair("model.path (weights, sampled sha256)", before["weights"], now["weights"])
+    return None
 
 
 def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, world_size: int) -> list[str]:
@@ -134,6 +150,8 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, world_size: int)
             "note: model.path holds other weights than this run started from; they are not used: all weights, frozen "
             "ones too, come from the checkpoint"
         )
+    if (lost := start_lost(before, now)) is not None:
+        found.append(f"note: the drift from the start of the run is not known any more: {lost[1]}")
     return found
 
 
@@ -227,6 +245,14 @@ def _tokenizer(config: RunConfig) -> dict[str, Any]:
         if name not in _NOT_ENCODING
     }
     return parts | {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+
+
+def _initial(run_dir: str | None) -> str | None:
+    """Identity of the checkpoint that model.init_from names: its manifest, which holds the digests of its files."""
+    for folder in reversed(step_folders(Path(run_dir)).values()) if run_dir is not None else ():
+        if (folder / MANIFEST).exists():
+            return _digest((folder / MANIFEST).read_bytes())
+    return None
 
 
 def _digest(*parts: Any) -> str:

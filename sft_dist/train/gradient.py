@@ -37,14 +37,14 @@ def accumulate_gradient(
 
     `own_losses` receives Σ w ℓ of each micro-batch of this rank, a scalar on the device that nobody waits for.
 
-    The loss is what is stepped on; the NLL has the same weights, and no label smoothing and z-loss.
+    The loss is what is stepped on; the NLL has the same weights, and nothing beside it.
     docs/objective.md, section 5. Without a `feed` the micro-batches are made here. The host waits for the device once,
     for the last forward's loss, when the last backward is already under way.
     """
     clock = clock or PhaseClock(engine.device)
     source = micro_batches(selection, plan, [step], world, config.batch.packs_per_micro_batch)
     denominator = plan.denominator(step)
-    terms = objective.loss_terms(config.objective)
+    terms = objective.loss_terms(config)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # of loss and NLL, not yet divided
     read: Callable[[], list[float]] = sums.tolist
     clock.enter("data")
@@ -54,7 +54,7 @@ def accumulate_gradient(
             clock.enter("forward")
             loss, values = forward(engine, micro_batch, terms, config.seed, world.rank, with_top=details is not None)
             nll = loss.detach()
-            if not objective.is_plain(config.objective):
+            if not objective.is_plain(config):
                 nll = objective.weighted_nll(values.logprob, micro_batch.batch)
             sums += torch.stack([loss.detach(), nll])
             if own_losses is not None:

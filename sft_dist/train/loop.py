@@ -29,6 +29,7 @@ from sft_dist.train import objective, out_of_memory
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.deadline import job_end_s
 from sft_dist.train.details import Details
+from sft_dist.train.drift import DriftMeter
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.feeding import Feed, micro_batches
 from sft_dist.train.goodput import Timeline
@@ -74,6 +75,7 @@ class Run:
         facts: dict[str, Any],
         profile: Profile | None,
         watchdog: Watchdog,
+        drift: DriftMeter,
     ) -> None:
         self.config = config
         self.world = world
@@ -85,6 +87,7 @@ class Run:
         self.metrics = metrics
         self.stop = StopRequest(end_s=job_end_s(os.environ), margin_s=config.checkpoint.stop_before_end_s)
         self._facts = facts
+        self._drift = drift
         self._profile = profile
         self._meter = _meter(config, engine, plan, metrics, watchdog)
         self._timeline = Timeline(Path(config.run_dir), is_main=world.is_main)
@@ -106,6 +109,8 @@ class Run:
         with Feed(source, self.engine.device, ahead=ahead) as feed:
             exit_code, reason = self._take_steps(steps, feed)
         self._end_measuring()
+        if exit_code is ExitCode.DONE:
+            self._drift.at_end(self.state.step, is_new=bool(steps))
         return self._result(exit_code, reason)
 
     def _take_steps(self, steps: Iterable[int], feed: Feed) -> tuple[ExitCode, str]:
@@ -125,6 +130,7 @@ class Run:
             every = self.config.evaluate.every
             if is_last or (every and finished % every == 0):
                 self._evaluate(finished)
+                self._drift.after_evaluation(finished)
             reason = self._reason_to_stop(finished) if not is_last else None
             if is_last or reason or self._due(finished):
                 self._save(wait=is_last or reason is not None)
@@ -180,7 +186,7 @@ class Run:
                 step=step + 1,
                 num_steps=plan.num_steps,
                 loss=loss,
-                nll=None if objective.is_plain(self.config.objective) else nll,
+                nll=None if objective.is_plain(self.config) else nll,
                 grad_norm=grad_norm,
                 learning_rate=rate,
                 speed=speed,
@@ -316,6 +322,7 @@ class Run:
             "heldout_nll_before": state.heldout_nll_before,
             "heldout_nll_best": state.heldout_nll_best,
             "heldout_nll_after": state.heldout_nll_last,
+            "drift": self._drift.last,
             "skipped_steps": state.history.skipped,
             "rollbacks": state.history.rollbacks,
             "untrained_steps": state.history.untrained,

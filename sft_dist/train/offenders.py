@@ -100,7 +100,7 @@ class Search:
         `own_losses`: of this rank's micro-batches, as they were at first. The gradient is forgotten.
         """
         config, engine, world = self.config, self.engine, self.world
-        terms, denominator = objective.loss_terms(config.objective), plan.denominator(step)
+        terms, denominator = objective.loss_terms(config), plan.denominator(step)
         own_broken = [number for number, loss in enumerate(own_losses) if not math.isfinite(float(loss))]
         broken = [(rank, n + 1) for rank, numbers in enumerate(collectives.gather(own_broken)) for n in numbers]
         per_forward = config.batch.packs_per_micro_batch

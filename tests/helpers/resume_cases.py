@@ -1,8 +1,6 @@
 """What the ranks of a test world compute about resuming: training from a checkpoint, and the state before and after."""
 
-import fnmatch
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,8 +10,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 from sft_dist.config import (
+    AnchorConfig,
     BatchConfig,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -25,11 +25,14 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import UserError
 from sft_dist.model import engine as engines
-from sft_dist.model import zero
+from sft_dist.model import groups, zero
+from sft_dist.model.anchor import Pretrained
 from sft_dist.model.engine import Engine
 from sft_dist.preparation import training_set
+from sft_dist.train.drift import DriftMeter
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.gradient import accumulate_gradient
+from sft_dist.train.metrics import Metrics
 from tests.helpers import world_cases
 
 
@@ -37,12 +40,18 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
     return RunConfig(
         run_dir=str(folder / "run"),
         seed=3,
-        model=ModelConfig(path=case["model"], dtype=case.get("dtype", "float32")),
+        model=ModelConfig(
+            path=case["model"],
+            dtype=case.get("dtype", "float32"),
+            freeze=case.get("freeze", ()),
+            control_tokens=case.get("control_tokens", ()),
+        ),
         data=DataConfig(
             train=({"path": case["data"]},),
             max_length=384,
             cache_dir=str(Path(case["data"]).parent / "prepared"),
             num_processes=1,
+            chat_template=case.get("chat_template"),
         ),
         objective=ObjectiveConfig(neftune_alpha=case.get("neftune_alpha", 0.0)),
         batch=BatchConfig(
@@ -50,33 +59,26 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             reduce_once=case.get("reduce_once", "auto"),
             balance_steps=case.get("balance_steps", 1),
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(**{"learning_rate": 3e-3, "weight_decay": 0.1} | case.get("optimizer", {})),
+        anchor=AnchorConfig(**case.get("anchor", {})),
         schedule=ScheduleConfig(epochs=case.get("epochs", 8)),
         deepspeed=case.get("deepspeed", "cpu"),
     )
 
 
-@contextmanager
-def frozen(patterns: list[str]) -> Iterator[None]:
-    """Engines that are made within do not train the parameters whose names match."""
-    groups = engines._parameter_groups
-
-    def frozen_groups(model: Any, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-        for name, parameter in model.named_parameters():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
-                parameter.requires_grad_(False)
-        return groups(model, optimizer)
-
-    with mock.patch.object(engines, "_parameter_groups", frozen_groups):
-        yield
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in engine.causal_lm.named_parameters():
+        with zero.gathered(parameter):
+            found[name] = parameter.detach().clone()
+    return found
 
 
 def whole_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """As DeepSpeed itself gathers it: weights, master weights and moments of every parameter."""
-    found: dict[str, dict[str, Tensor]] = {"weight": {}, "master": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    found: dict[str, dict[str, Tensor]] = {"weight": whole_weights(engine)}
+    found |= {"master": {}, "exp_avg": {}, "exp_avg_sq": {}}
     for name, parameter in engine.causal_lm.named_parameters():
-        with zero.gathered(parameter):
-            found["weight"][name] = parameter.detach().clone()
         if parameter.requires_grad:
             found["master"][name] = safe_get_full_fp32_param(parameter).clone()
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -115,9 +117,13 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """Take the steps [first, last), from a checkpoint where one is given; save before them where asked to, or after."""
     config = run_config(case, folder)
     selection, plan = training_set(config)
-    with frozen(case.get("frozen", [])):
-        engine = engines.training_engine(config, world, None)
+    initial = Path(case["initial"]) if "initial" in case else None
+    engine = engines.training_engine(config, world, initial)
     answer: dict[str, Any] = {"losses": [], "samples": []}
+    pretrained = engine.pretrained(config, initial)
+    answer["kept"] = {name: kept.dtype for name, kept in pretrained.kept.items()}
+    if "start" in case:
+        answer["start"] = whole_weights(engine)
     if "resume" in case:
         torch.manual_seed(99)
         engine.load(Path(case["resume"]))
@@ -132,10 +138,21 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
         dealt = [index for part in collectives.gather(forwards) for pack in part for index in pack]
         answer["samples"].append(sorted(int(selection.samples[index]) for index in dealt))
     answer["state"] = whole_state(engine)
+    answer["drift"] = drift(engine, pretrained, folder)
     if "save" in case:
         answer["stored"] = save(engine, Path(case["save"]))
     engine.close()
     return answer
+
+
+def drift(engine: Engine, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+    """As a run records it."""
+    metrics = Metrics(folder / "drift", LoggingConfig(tensorboard=False), first_step=0, is_main=False)
+    meter = DriftMeter(engine, metrics, pretrained, at_evaluations=True)
+    found: list[dict[str, Any]] = []
+    with mock.patch.object(metrics, "record", lambda kind, step, **values: found.append(values)):
+        meter.after_evaluation(1)
+    return found[0]
 
 
 def save(engine: Engine, folder: Path) -> dict[str, Tensor]:
@@ -211,13 +228,13 @@ def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
 def refused(case: dict[str, Any], folder: Path, world: World) -> list[str]:
     """What every rank says to a checkpoint that does not fit."""
     config = run_config(case, folder)
-    groups = engines._parameter_groups
+    by_decay = groups.parameter_groups
     one_group = mock.patch.object(
-        engines,
-        "_parameter_groups",
-        lambda model, optimizer: [{"params": [p for group in groups(model, optimizer) for p in group["params"]]}],
+        groups,
+        "parameter_groups",
+        lambda *arguments: [{"params": [p for group in by_decay(*arguments) for p in group["params"]], "name": "all"}],
     )
-    with one_group if case.get("one_group") else frozen(case.get("frozen", [])):
+    with one_group if case.get("one_group") else nullcontext():
         engine = engines.training_engine(config, world, None)
     try:
         engine.load(Path(case["resume"]))

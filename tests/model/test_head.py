@@ -29,12 +29,23 @@ from transformers import (
 
 from sft_dist.model import attention, fused_head
 from sft_dist.model.batch import Batch, collate
-from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, chunk_rows, values, weighted_loss
+from sft_dist.model.fused_head import (
+    LinearHead,
+    LogitTransform,
+    LossTerms,
+    Reference,
+    chunk_rows,
+    values,
+    weighted_loss,
+)
 from sft_dist.model.logprobs import TokenLogprobs
 from tests.model.test_logprobs import example
 
 WIDTH, VOCAB = 6, 11
-TERMS = (LossTerms(), LossTerms(label_smoothing=0.1), LossTerms(z_loss=0.05), LossTerms(0.2, 0.01))
+TERMS = (
+    *(LossTerms(), LossTerms(label_smoothing=0.1), LossTerms(z_loss=0.05), LossTerms(0.2, 0.01)),
+    *(LossTerms(kl=0.7), LossTerms(0.2, 0.01, kl=1.5)),
+)
 TRANSFORMS = (LogitTransform(), LogitTransform(factor=0.25), LogitTransform(softcap=2.0), LogitTransform(3.0, 1.5))
 
 
@@ -72,12 +83,28 @@ def written_out(
     logprobs = logits.log_softmax(-1)
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=t.label_smoothing)
     losses = losses + t.z_loss * logits.logsumexp(-1) ** 2
+    if t.kl:
+        other = reference_of(rows, bias, how)
+        other_logits = F.linear(other.rows, other.head.weight, other.head.bias) * how.factor
+        if how.softcap is not None:
+            other_logits = how.softcap * torch.tanh(other_logits / how.softcap)
+        losses = losses + t.kl * F.kl_div(logprobs, other_logits.softmax(-1), reduction="none").sum(-1)
     return (losses * weights).sum(), logprobs.gather(-1, targets[:, None])[:, 0]
+
+
+def reference_of(rows: Tensor, bias: Tensor | None, how: LogitTransform) -> Reference:
+    """Another head, and other rows, of the same shapes."""
+    other = draw(len(rows), with_bias=bias is not None, dtype=rows.dtype, seed=1000)
+    own = [None if other[name] is None else other[name].detach() for name in ("weight", "bias")]
+    return Reference(other["rows"].detach(), LinearHead(*own, how))
 
 
 def fused(drawn: dict[str, Any], how: LogitTransform, terms: LossTerms, *, with_top: bool = False) -> Any:
     head = LinearHead(drawn["weight"], drawn["bias"], how)
-    return weighted_loss(drawn["rows"], drawn["targets"], drawn["weights"], head, terms, with_top=with_top)
+    reference = reference_of(drawn["rows"], drawn["bias"], how) if terms.kl else None
+    return weighted_loss(
+        drawn["rows"], drawn["targets"], drawn["weights"], head, terms, with_top=with_top, reference=reference
+    )
 
 
 def leaves(drawn: dict[str, Any]) -> list[Tensor]:
@@ -90,7 +117,7 @@ def chunks_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(
-    ("how", "terms"), [*((how, TERMS[3]) for how in TRANSFORMS), *((TRANSFORMS[3], terms) for terms in TERMS[:3])]
+    ("how", "terms"), [*((how, TERMS[5]) for how in TRANSFORMS), *((TRANSFORMS[3], terms) for terms in TERMS[:5])]
 )
 def test_the_gradient_is_that_of_finite_differences(
     chunks_of: Callable[[int], None], how: LogitTransform, terms: LossTerms
@@ -186,7 +213,7 @@ def test_in_low_precision_values_and_the_sum_over_rows_are_kept_in_float32(dtype
     assert found.loss.item() == pytest.approx(loss.item(), rel=rounding)
 
 
-def test_matrix_products_are_three_two_with_a_frozen_part_and_one_without_gradient(
+def test_matrix_products_are_three_one_more_with_a_reference_two_with_a_frozen_part_and_one_without_gradient(
     chunks_of: Callable[[int], None],
 ) -> None:
     chunks_of(8)
@@ -205,6 +232,7 @@ def test_matrix_products_are_three_two_with_a_frozen_part_and_one_without_gradie
 
     count(3)
     count(3, terms=TERMS[3])
+    count(4, terms=TERMS[4])
     count(2, frozen="weight")
     count(2, frozen="rows")
     count(1, is_enabled=False)
@@ -240,9 +268,10 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_and_nothing_is_read_on_the_h
     chunks_of(16)
     drawn = draw(400, with_bias=True, dtype=dtype)
     limit = max(16 * VOCAB, 400 * WIDTH)
-    with Sizes() as made:
-        fused(drawn, how, TERMS[3], with_top=True).loss.backward()
-    assert made.largest == limit and made.reads == []
+    for terms in (TERMS[3], TERMS[5]):
+        with Sizes() as made:
+            fused(drawn, how, terms, with_top=True).loss.backward()
+        assert made.largest == limit and made.reads == []
     with Sizes() as made:
         written_out(**drawn, how=how, t=TERMS[3])[0].backward()
     assert made.largest >= 400 * VOCAB, "the measure sees all logits where there are all"

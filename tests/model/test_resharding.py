@@ -42,7 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "offload all": BF16 | {"deepspeed": "zero3_offload_all"},
     "split": {"deepspeed": "split.json"},
     "split bfloat16": BF16 | {"deepspeed": "split.json"},
-    "frozen": BF16 | {"frozen": ["*embed_tokens*", "*layers.1.*", "*norm.weight"]},
+    "frozen": BF16 | {"freeze": ["*embed_tokens*", "*layers.1.*", "*norm.weight"]},
 }
 # Which layout reads the checkpoint of which other one, on another number of ranks.
 CROSSED = {
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_other_parameters_or_groups_is_refused_by_name(chain: Ch
     model = build_model(tmp_path / "gpt2", "gpt2")
     common = {"case": "refused", "model": str(chain.folder / "model"), "data": str(chain.folder / "data.jsonl")}
     common["resume"] = str(chain.saved(2, "float32"))
-    cases = [{"model": str(model)}, {"one_group": True}, {"frozen": ["*embed_tokens*"]}]
+    cases = [{"model": str(model)}, {"one_group": True}, {"freeze": ["*embed_tokens*"]}]
     answers = run_world(1, [common | case for case in cases], tmp_path / "world", module="tests.helpers.resume_cases")
     other, groups, frozen = (answer[0] for answer in answers)
     assert "ConfigError" in other and "in the checkpoint, not in the model" in other and "more" in other

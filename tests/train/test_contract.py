@@ -230,8 +230,14 @@ def test_other_base_weights_are_said_since_they_are_not_read_again(place: Place)
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.001
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     now = place.facts(place.config())
-    (note,) = contract.check(place.written(), now, world_size=2, allow_changed=())
-    assert "other weights than this run started from" in note
+    used, drift = contract.check(place.written(), now, world_size=2, allow_changed=())
+    assert "other weights than this run started from" in used and "drift" in drift
+    now = place.facts(place.config(**{"anchor.decay": 1.0}))
+    before = place.written()
+    before.manifest["config"]["anchor.decay"] = 1.0
+    with pytest.raises(ConfigError, match=r"model\.path \(weights, sampled sha256\): .*, and anchor\.decay needs"):
+        contract.check(before, now, world_size=2, allow_changed=())
+    assert contract.check(before, now, world_size=2, allow_changed=("model.path",)) == [used, drift]
 
 
 def test_another_number_of_ranks_is_said(original: Place) -> None:  # 57
@@ -269,7 +275,7 @@ def test_what_may_change_is_listed_and_everything_else_is_fixed() -> None:
     for key in ("logging.tensorboard", "checkpoint.every", "model.attention", "batch.reduce_once", "data.heldout"):
         assert key in free
     fixed = {key.partition(".")[0] for key, _, _ in explain() if key not in free}
-    assert fixed == {"seed", "model", "data", "objective", "batch", "optimizer", "schedule"}
+    assert fixed == {"seed", "model", "data", "objective", "batch", "optimizer", "anchor", "schedule"}
     assert not any(key.startswith(("objective.", "optimizer.", "schedule.")) for key in free)
 
 
