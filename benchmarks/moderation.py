@@ -42,7 +42,7 @@ class Setting:
     overrides: tuple[str, ...] = ()
 
 
-# The first one is that which points lie on the way to. To try another setting, add a line.
+# The first one is that which points lie on the way to. `--setting` adds others.
 SETTINGS = (
     Setting("plain"),
     Setting("learning rate / 4", (f"optimizer.learning_rate={RATE / 4:g}",)),
@@ -161,17 +161,26 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--task", required=True, help="JSON Lines file (.gz too) of the task's conversations")
     parser.add_argument("--general", required=True, nargs="+", help="JSON Lines files of what is to be kept")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("NAME", "key=value"),
+        help="one more training, under this name with these overrides; several times for several",
+    )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--heldout", type=int, default=40, help="records that are scored, of each file")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    settings = (*SETTINGS, *(Setting(name, tuple(overrides)) for name, *overrides in options.setting))
     before = os.getloadavg()
     with tempfile.TemporaryDirectory(prefix="moderation-") as private:
         folder = Path(private)
         run_file = make_run_file(folder, options)
         rows: list[Row] = []
-        for setting in SETTINGS:
+        for setting in settings:
             start, end = trained(run_file, folder, setting)
             if not rows:
                 rows = [start, end, *on_the_way(folder)]
@@ -188,7 +197,7 @@ def main() -> None:
         "load_average": {"before": before, "after": os.getloadavg()},
         "steps": options.steps,
         "learning_rate": RATE,
-        "settings": {setting.name: list(setting.overrides) for setting in SETTINGS},
+        "settings": {setting.name: list(setting.overrides) for setting in settings},
         "nll_per_token": {row.name: {"task": row.task, "general": row.general} for row in rows},
     }
     options.results.parent.mkdir(exist_ok=True)

@@ -179,13 +179,23 @@ def test_there_must_be_something_to_evaluate(tuned: tuple[Place, list[str]], tmp
         assert done.returncode == code and said in done.stderr, done.stderr
 
 
-def test_a_run_that_forgets_too_much_ends_and_stays_ended_until_it_may_go_on(kept: Place) -> None:
-    place = kept
-    limit = [sources(place, "wiki", "chat"), "evaluate.stop_at_retention_rise=1e-6", "optimizer.learning_rate=0.05"]
+def test_a_run_that_forgets_too_much_ends_and_stays_ended_until_it_may_go_on(
+    tuned: tuple[Place, list[str]], tmp_path: Path
+) -> None:
+    """A model that knows the chat learns letters that are not in it: the task gains, and that counts for nothing."""
+    place, _ = tuned
+    letters = [{"prompt": "x", "completion": "QZQXJZQKVWQZ" * (number % 5 + 1)} for number in range(80)]
+    task = f"data.train={write_jsonl(tmp_path / 'letters.jsonl', letters)}"
+    heldout = f"data.heldout={write_jsonl(tmp_path / 'heldout.jsonl', letters[:5])}"
+    model = f"model.path={export(place, tmp_path / 'model')}"
+    limit = [sources(place, "wiki", "chat"), "evaluate.stop_at_retention_rise=0.02", model, task, heldout]
     done = place.train("limited", *limit)
     assert [process.returncode for process in done] == [0, 0], done[0].stdout
     outcome = place.outcome("limited")
-    assert (outcome["exit_code"], outcome["step"]) == (0, 2)
+    assert (outcome["exit_code"], outcome["step"]) == (0, 2), done[0].stdout
+    summary = json.loads((place.folder / "limited" / "summary.json").read_text())
+    assert max(values["change"] for values in summary["retention"].values()) > 0.02
+    assert summary["heldout_nll_after"] < summary["heldout_nll_before"] and summary["heldout_nll_best"] is None
     assert "stopped early: the NLL of retention source" in outcome["reason"]
     assert outcome["checkpoint"].endswith("step-00000002")
     assert not (place.folder / "limited" / "checkpoints" / "best.json").exists()
