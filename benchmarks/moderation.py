@@ -88,7 +88,7 @@ def make_run_file(folder: Path, options: argparse.Namespace) -> Path:
     tree = {
         "run_dir": str(folder / "runs" / "unused"),
         "seed": SEED,
-        "model": {"path": options.model, "gradient_checkpointing": False},
+        "model": {"path": str(Path(options.model).resolve()), "gradient_checkpointing": False},
         "data": {
             "train": write(folder / "train.jsonl", train[: 40 * options.steps]),
             "heldout": write(folder / "heldout.jsonl", heldout),
