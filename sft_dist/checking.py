@@ -65,7 +65,7 @@ def _checkpoint_gib(config: RunConfig) -> float:
 
 def needed_paths(config: RunConfig) -> dict[str, str]:
     """Files and folders that every host must see. What comes from the Hub is not looked for."""
-    sources = [*config.data.train, *config.data.heldout]
+    sources = [*config.data.train, *config.data.heldout, *config.data.retention]
     found = {f"data {number}": source.path for number, source in enumerate(sources, start=1) if _is_local(source.path)}
     if _is_local(config.model.path):
         found["model.path"] = config.model.path

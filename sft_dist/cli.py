@@ -115,11 +115,26 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
                 with_tokens=options.tokens,
                 block_items=options.block_items or score.BLOCK_ITEMS,
             )
+        case "evaluate":
+            config = _config(options)
+            from sft_dist import evaluation
+
+            return evaluation.run(
+                config,
+                os.environ,
+                coefficients=options.interpolate,
+                which=options.checkpoint,
+                output=Path(options.output) if options.output else None,
+            )
         case "export":
             from sft_dist import export
 
             return export.run(
-                Path(options.run_dir), Path(options.output), which=options.checkpoint, dtype=options.dtype
+                Path(options.run_dir),
+                Path(options.output),
+                which=options.checkpoint,
+                dtype=options.dtype,
+                coefficient=options.interpolate,
             )
         case "generate":
             from sft_dist import generation
@@ -229,11 +244,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--block-items", type=_positive, help=argparse.SUPPRESS)
     _checkpoint_option(score)
+    evaluate = _run_file_verb(verbs, "evaluate", "held-out and retention NLL of a checkpoint, or of points before it")
+    evaluate.add_argument(
+        "--interpolate",
+        type=lambda text: [_coefficient(part) for part in text.split(",")],
+        default=[1.0],
+        metavar="A,...",
+        help="coefficients of the tuned weights: 0 is the pre-trained model, 1 the tuned one (default 1)",
+    )
+    evaluate.add_argument("--output", help="JSON file to write (default: evaluation.json in the run folder)")
+    _checkpoint_option(evaluate)
     export = verbs.add_parser("export", help="write a checkpoint as safetensors that plain transformers loads")
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("--output", required=True, help="folder to write")
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the precision of training"
+    )
+    export.add_argument(
+        "--interpolate",
+        type=_coefficient,
+        default=1.0,
+        metavar="A",
+        help="pre-trained weights + A (tuned - pre-trained): 0 is the pre-trained model, 1 the tuned one (default 1)",
     )
     _checkpoint_option(export)
     generate = verbs.add_parser("generate", help="answer a prompt")
@@ -263,6 +295,16 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1, got {value}")
+    return value
+
+
+def _coefficient(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(
+            f"expected a share from 0 (the pre-trained weights) to 1 (the tuned ones), got {text}; what lies beyond "
+            "them is no average of the two"
+        )
     return value
 
 

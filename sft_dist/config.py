@@ -114,6 +114,8 @@ class DataConfig(Section):
     """Sources of training conversations: paths, or path with name, format, repeat, weight."""
     heldout: Sources = ()
     """Sources of held-out conversations, for evaluation and for choosing the best checkpoint."""
+    retention: Sources = ()
+    """Sources (conversations or text) that tell what is forgotten: scored at every evaluation, never trained on."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template, or `chatml` for the one that ships."""
     template_kwargs: Variables = {}
@@ -248,7 +250,10 @@ class NumbersConfig(Section):
 
 class EvaluateConfig(Section):
     every: Annotated[int, Field(ge=0)] = 100
-    """Steps between evaluations on data.heldout; 0: only before the first and after the last step."""
+    """Steps between evaluations on data.heldout and data.retention; 0: only before the first and after the last."""
+    stop_at_retention_rise: Annotated[float, Field(gt=0)] | None = None
+    """End the run, with a checkpoint and code 0, at an evaluation where the NLL of any source of data.retention has
+    risen by more nats per token than this over step 0; such an evaluation gives no best checkpoint."""
 
 
 class LoggingConfig(Section):
@@ -324,13 +329,22 @@ class RunConfig(Section):
             raise ValueError("numbers.spike: rollback goes back to checkpoints of checkpoint.every, which is 0 here")
         return self
 
+    @model_validator(mode="after")
+    def _retention_is_measured_where_it_stops(self) -> "RunConfig":
+        if self.evaluate.stop_at_retention_rise is not None:
+            if not self.data.retention:
+                raise ValueError("evaluate.stop_at_retention_rise: data.retention is empty: nothing is measured")
+            if not self.evaluate.every:
+                raise ValueError("evaluate.stop_at_retention_rise: evaluate.every is 0: no step would be looked at")
+        return self
+
 
 # What a resumed run may change at will: files, layout, speed, what is kept and said; no sample, and no number beyond
 # rounding and draws of dropout. Files are compared by content (train/contract.py). Any other key is fixed for a run.
 _CHANGEABLE = (
     *("run_dir", "model.path", "model.init_from", "model.attention", "model.gradient_checkpointing", "model.compile"),
     *("model.allow_new_parameters", "model.trust_remote_code"),
-    *("data.train", "data.heldout", "data.chat_template", "data.cache_dir", "data.num_processes"),
+    *("data.train", "data.heldout", "data.retention", "data.chat_template", "data.cache_dir", "data.num_processes"),
     *("data.on_bad_record", "data.max_refused"),
     *("batch.packs_per_micro_batch", "batch.reduce_once", "deepspeed", "anchor.device", "anchor.drift"),
     *("checkpoint.", "evaluate.", "logging.", "numbers.", "watchdog."),
@@ -487,6 +501,7 @@ def _resolve_paths(config: RunConfig, run_file_dir: Path) -> RunConfig:
         update={
             "train": tuple(resolve_source(source) for source in config.data.train),
             "heldout": tuple(resolve_source(source) for source in config.data.heldout),
+            "retention": tuple(resolve_source(source) for source in config.data.retention),
             "chat_template": resolve_optional(config.data.chat_template),
         }
     )

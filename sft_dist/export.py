@@ -1,28 +1,37 @@
 """The verb `export`: a checkpoint as safetensors, tokenizer and template that plain transformers loads, verified.
 
-Parameters are streamed one at a time from the shards, so memory stays at one file of the export. What is written is
-loaded again and compared: names, shapes, values, ties, and the log-probs that the sharded model gave a probe.
+Parameters are streamed one at a time from the shards, so memory stays at one file of the export; between the
+pre-trained weights and those of the checkpoint, both sides are (model/interpolation.py). What is written is loaded
+again and compared: names, shapes, values, ties, and the log-probs that the sharded model gave a probe.
 """
 
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_dist import faults
-from sft_dist.config import ModelConfig
+from sft_dist import __version__, faults
+from sft_dist.config import ModelConfig, RunConfig
 from sft_dist.data.tokenizer import load_tokenizer
-from sft_dist.errors import ConfigError, ExitCode, StorageError
+from sft_dist.errors import ConfigError, ExitCode, StorageError, say
 from sft_dist.train import rundir
 from sft_dist.train.checkpoint import Checkpoint, find
 
 _FILE_BYTES = 4 * 2**30
+RECORD = "sft_dist.json"  # what the export is, for those who find it
+
+Values = Callable[[], Iterator[tuple[str, Any]]]  # (name, tensor) of every parameter, from the first one again
 
 
-def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCode:
-    """Export a checkpoint of `run_dir` to the new folder `output`. Raises StorageError when verification fails."""
+def run(run_dir: Path, output: Path, *, which: str, dtype: str | None, coefficient: float = 1.0) -> ExitCode:
+    """Export a checkpoint of `run_dir` to the new folder `output`. Raises StorageError when verification fails.
+
+    With a coefficient a below 1 its weights are θ̂ + a (θ̃ − θ̂), with θ̂ the pre-trained and θ̃ those of the checkpoint;
+    ConfigError where θ̂ is no longer what the run started from.
+    """
     from transformers.utils import logging
 
     from sft_dist.model.engine import set_environment
@@ -35,25 +44,69 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output: {output} exists and is not an empty folder")
     load_config(config.model, max_length=2)  # a base model that moved is told before anything is written
+    values = _values(config, checkpoint, coefficient)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as private:
             written = Path(private) / output.name  # with the modes that a new folder has, which the private one has not
             written.mkdir()
             chosen = _write_companions(config.model, checkpoint, written, dtype)
-            num_bytes = _write_weights(checkpoint, written, chosen)
-            difference = _verify(config.model, checkpoint, written, chosen)
+            num_bytes = _write_weights(checkpoint, values, written, chosen)
+            _write_record(config, checkpoint, coefficient, written)
+            difference = _verify(config.model, checkpoint, values, written, chosen, coefficient)
             if output.exists():
                 output.rmdir()
             faults.reach("export.before_rename", rank=0)
             os.replace(written, output)
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error}") from error
+    is_tuned = coefficient == 1.0
+    place = "" if is_tuned else f", {coefficient:g} of the way from the pre-trained weights,"
     print(
-        f"exported step {checkpoint.step:,} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, shapes, "
-        f"values and ties verified; probe log-probs equal the sharded model's to {difference:.1e}"
+        f"exported step {checkpoint.step:,}{place} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, "
+        f"shapes, values and ties verified; probe log-probs {'' if is_tuned else 'at coefficient 1 '}equal the sharded "
+        f"model's to {difference:.1e}"
     )
     return ExitCode.DONE
+
+
+def check_pretrained(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless model.path holds the weights that the run of this checkpoint started from."""
+    from sft_dist.model.loading import load_config, weights_fingerprint
+
+    found = weights_fingerprint(config.model.path, load_config(config.model, max_length=2))
+    if found != checkpoint.manifest["weights"]:
+        raise ConfigError(
+            f"--interpolate: {config.model.path} holds other weights ({found}) than the run started from "
+            f"({checkpoint.manifest['weights']}), so nothing lies between them; put the original ones back there"
+        )
+    if init_from := checkpoint.manifest["config"].get("model.init_from"):
+        say(
+            f"note: the run started from {init_from}, which was itself tuned; coefficient 0 is the pre-trained model "
+            f"in {config.model.path}"
+        )
+
+
+def _values(config: RunConfig, checkpoint: Checkpoint, coefficient: float) -> Values:
+    from sft_dist.model.engine import stored_parameters
+    from sft_dist.model.interpolation import Pretrained, interpolated
+
+    if coefficient == 1.0:
+        return lambda: stored_parameters(checkpoint.folder)
+    check_pretrained(config, checkpoint)
+    pretrained = Pretrained(config.model, seed=config.seed)
+    return lambda: interpolated(pretrained, stored_parameters(checkpoint.folder), coefficient)
+
+
+def _write_record(config: RunConfig, checkpoint: Checkpoint, coefficient: float, folder: Path) -> None:
+    record = {
+        "sft_dist": __version__,
+        "base": config.model.path,
+        "base_weights": checkpoint.manifest["weights"],
+        "step": checkpoint.step,
+        "interpolate": coefficient,
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_companions(model: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> str:
@@ -86,11 +139,11 @@ def _write_companions(model: ModelConfig, checkpoint: Checkpoint, folder: Path, 
     return chosen
 
 
-def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str) -> int:
+def _write_weights(checkpoint: Checkpoint, values: Values, folder: Path, dtype: str) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from sft_dist.model.engine import stored_numel, stored_parameters
+    from sft_dist.model.engine import stored_numel
 
     to = getattr(torch, dtype)
     files = _assign_files(stored_numel(checkpoint.folder), to.itemsize)
@@ -98,7 +151,7 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str) -> int:
     pending: dict[str, Any] = {}
     total = 0
     left = {name: list(files.values()).count(name) for name in names}
-    for name, value in stored_parameters(checkpoint.folder):
+    for name, value in values():
         pending[name] = value.to(to).contiguous()
         total += pending[name].nbytes
         left[files[name]] -= 1
@@ -124,7 +177,9 @@ def _assign_files(numel: dict[str, int], item_bytes: int) -> dict[str, str]:
     return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
 
 
-def _verify(source: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: str) -> float:
+def _verify(
+    source: ModelConfig, checkpoint: Checkpoint, values: Values, folder: Path, dtype: str, coefficient: float
+) -> float:
     """Load as a user would and compare; returns the largest difference of a probe token's log-prob."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -143,9 +198,9 @@ def _verify(source: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: st
     if tokenizer.get_vocab() != load_tokenizer(source).get_vocab():
         raise StorageError("export: the tokenizer does not have the run's vocabulary after loading")
     loaded = dict(model.named_parameters())
-    for name, value in stored_parameters(checkpoint.folder):
+    for name, value in values():
         if not torch.equal(loaded[name], value.to(loaded[name].dtype)):
-            raise StorageError(f"export: {name} does not have the checkpoint's values after loading")
+            raise StorageError(f"export: {name} does not have the values it was written with after loading")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if model.config.get_text_config().tie_word_embeddings and not tied:
         raise StorageError("export: the output embedding is no longer tied to the input embedding")
@@ -166,7 +221,7 @@ def _verify(source: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: st
             f"export: the probe's log-probs differ from the sharded model's by {as_trained:.3g} "
             f"(allowed {ROUNDING[trained_in]:.3g})"
         )
-    if getattr(torch, dtype) != trained_in:
+    if coefficient == 1.0 and getattr(torch, dtype) != trained_in:
         print(
             f"note: rounding from {checkpoint.manifest['dtype']} to {dtype} moves a probe token by up to "
             f"{as_exported:.2g} nats",

@@ -34,18 +34,19 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     """
     world = find_world(env)
     share = share_of(world, env)
-    _check_heldout(config)
-    for name, sources, check in (
-        ("train", config.data.train, _check_trainable),
-        ("heldout", config.data.heldout, _check_scorable),
+    _check_uniform(config)
+    for name, sources, policy_of, check in (
+        ("train", config.data.train, policy, _check_trainable),
+        ("heldout", config.data.heldout, policy, _check_scorable),
+        ("retention", config.data.retention, _retention_policy, _check_retained),
     ):
         if sources:
-            selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
+            selection = Selection(prepare(sources, config.model, config.data, share), policy_of(config, sources))
             if world.is_main:
                 print(f"{name}:", describe(selection, config), sep="\n", flush=True)
             check(selection, config)
-    if not config.data.train and not config.data.heldout:
-        raise ConfigError("data.train and data.heldout are both empty: nothing to prepare")
+    if not (config.data.train or config.data.heldout or config.data.retention):
+        raise ConfigError("data.train, data.heldout and data.retention are all empty: nothing to prepare")
     return ExitCode.DONE
 
 
@@ -102,7 +103,7 @@ def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
     """The held-out data, under the same policies. Raises DataError when nothing of it can be scored."""
     if not config.data.heldout:
         return None
-    _check_heldout(config)
+    _check_uniform(config)
     sources = config.data.heldout
     selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
     _check_scorable(selection, config)
@@ -116,6 +117,37 @@ def _check_scorable(selection: Selection, config: RunConfig) -> None:
             f"data.heldout: no sample has a target token (objective.train_on: {config.objective.train_on}) and fits "
             f"into data.max_length ({config.data.max_length:,})"
         )
+
+
+def retention_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
+    """The data that tell what is forgotten: all answers and every token of plain texts, whatever is trained.
+
+    Texts longer than data.max_length become windows, longer conversations end after the last answer that fits. Raises
+    DataError for a source of which nothing can be scored.
+    """
+    if not config.data.retention:
+        return None
+    _check_uniform(config)
+    sources = config.data.retention
+    selection = Selection(prepare(sources, config.model, config.data, share), _retention_policy(config, sources))
+    _check_retained(selection, config)
+    return selection
+
+
+def _retention_policy(config: RunConfig, sources: Sequence[SourceConfig]) -> Policy:
+    """The run's own choice of targets would measure another thing in every run, and leave out what does not fit it."""
+    return Policy(config.data.max_length, overflow="truncate_turns")
+
+
+def _check_retained(selection: Selection, config: RunConfig) -> None:
+    scored = {selection.source_names[code] for code in np.unique(selection.source_codes)}
+    for source in config.data.retention:
+        name = formats.source_name(source)
+        if name not in scored:
+            raise DataError(
+                f"data.retention: {name} ({source.path}): holds no answer and no text that can be scored within "
+                f"data.max_length ({config.data.max_length:,}); take it out, or name another file"
+            )
 
 
 def cost_model(model: ModelConfig, *, is_main: bool) -> CostModel:
@@ -183,13 +215,14 @@ def _repeats(selection: Selection) -> Float64:
     return np.array([selection.policy.repeats.get(name, 1.0) for name in selection.source_names], np.float64)
 
 
-def _check_heldout(config: RunConfig) -> None:
-    for source in config.data.heldout:
-        if source.repeat != 1 or source.weight != 1:
-            raise ConfigError(
-                f"data.heldout: {formats.source_name(source)}: repeat {source.repeat:g}, weight {source.weight:g}: "
-                "every held-out conversation counts once; leave both out"
-            )
+def _check_uniform(config: RunConfig) -> None:
+    for key, sources in (("data.heldout", config.data.heldout), ("data.retention", config.data.retention)):
+        for source in sources:
+            if source.repeat != 1 or source.weight != 1:
+                raise ConfigError(
+                    f"{key}: {formats.source_name(source)}: repeat {source.repeat:g}, weight {source.weight:g}: every "
+                    f"{'held-out' if key == 'data.heldout' else 'retention'} conversation counts once; leave both out"
+                )
 
 
 def describe(selection: Selection, config: RunConfig) -> str:
@@ -234,8 +267,8 @@ def describe(selection: Selection, config: RunConfig) -> str:
 
 def say_overlap(train: Selection, heldout: Selection) -> None:
     """Say how many held-out conversations are trained on too: their NLL says nothing about unseen ones."""
-    trained, held_out = (np.unique(s.dataset.column("digest").view("S16")[s.samples]) for s in (train, heldout))
-    if shared := len(np.intersect1d(trained, held_out, assume_unique=True)):
+    held_out = _contents(heldout)
+    if shared := len(np.intersect1d(_contents(train), held_out, assume_unique=True)):
         say(f"warning: {shared:,} of {len(held_out):,} held-out conversations are in the training data as well")
 
 
@@ -246,6 +279,23 @@ def _written(path: Path) -> Iterator[TextIO]:
             yield file
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def say_retention_overlap(train: Selection, retention: Selection) -> None:
+    """Say of every retention source how much is trained on too: what is rehearsed tells not what is forgotten."""
+    trained = _contents(train)
+    for code, name in enumerate(retention.source_names):
+        own = _contents(retention, retention.source_codes == code)
+        if shared := len(np.intersect1d(trained, own, assume_unique=True)):
+            say(
+                f"warning: {shared:,} of {len(own):,} records of retention source {name} are in the training data as "
+                "well: keep apart what is trained on to be kept and what tells whether it was"
+            )
+
+
+def _contents(selection: Selection, chosen: Any = slice(None)) -> Any:
+    """The digests of the conversations that take part, each once, ascending."""
+    return np.unique(selection.dataset.column("digest").view("S16")[selection.samples[chosen]])
 
 
 def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:

@@ -12,7 +12,16 @@ from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, StorageError, UserError, exit_code_of, say
-from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
+from sft_dist.preparation import (
+    heldout_set,
+    retention_set,
+    say_left_out,
+    say_overlap,
+    say_retention_overlap,
+    share_of,
+    training_set,
+    write_left_out,
+)
 
 if TYPE_CHECKING:
     from sft_dist.distributed.watchdog import Watchdog
@@ -58,18 +67,21 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
 
     # Before any process group exists, so that no collective waits for a tokeniser.
     selection, plan = training_set(config, share)
-    heldout = heldout_set(config, share)
+    heldout, retention = heldout_set(config, share), retention_set(config, share)
     run_dir = Path(config.run_dir)
     if world.is_main:
-        sets = {"train": selection} | ({"heldout": heldout} if heldout is not None else {})
+        others = {"heldout": heldout, "retention": retention}
+        sets = {"train": selection} | {name: found for name, found in others.items() if found is not None}
         say_left_out(sets, config)
         if heldout is not None:
             say_overlap(selection, heldout)
+        if retention is not None:
+            say_retention_overlap(selection, retention)
         write_left_out(sets, run_dir / "left_out.jsonl")
         _say_plan(config, world, plan)
     model_config = loading.load_config(config.model, config.data.max_length)
     with open_session(world, config.watchdog, partial(_write_failure, run_dir)) as watchdog:
-        result = _with_group(config, world, selection, plan, heldout, model_config, watchdog, with_profile)
+        result = _with_group(config, world, selection, plan, heldout, retention, model_config, watchdog, with_profile)
         watchdog.enter("the end")
         if world.is_main:
             _write_results(run_dir, result)
@@ -101,6 +113,7 @@ def _with_group(
     selection: Selection,
     plan: Plan,
     heldout: Selection | None,
+    retention: Selection | None,
     model_config: Any,
     watchdog: "Watchdog",
     with_profile: bool,
@@ -110,6 +123,7 @@ def _with_group(
     from sft_dist.session import print_from_main
     from sft_dist.train import checkpoint, contract, files, rundir
     from sft_dist.train.drift import DriftMeter
+    from sft_dist.train.forgetting import Retention
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
     from sft_dist.train.profiling import Profile
@@ -144,18 +158,25 @@ def _with_group(
     engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
     state = checkpoint.TrainState()
+    kept = Retention(retention) if retention is not None else None
     if resumed is not None:
-        engine.load(resumed.folder)
         state = _state_of(resumed, facts, say_once)
+        # As long as the engine holds the pre-trained weights.
+        state = _with_starting_nll(state, kept, engine, resumed, facts, config, world)
+        engine.load(resumed.folder)
         if world.is_main and config.checkpoint.keep_best:
             checkpoint.mark_best(run_dir, state)
         say_once(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
+    else:
+        _say_advice(config, selection, plan, engine.num_parameters, say_once)
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
     drift = DriftMeter(engine, metrics, pretrained, at_evaluations=config.anchor.drift == "evaluations")
     planned = plan_heldout(heldout) if heldout is not None else None
     profile = Profile(run_dir / "profile", state.step) if with_profile and world.is_main else None
     try:
-        run = Run(config, world, engine, selection, plan, planned, state, metrics, facts, profile, watchdog, drift)
+        run = Run(
+            config, world, engine, selection, plan, planned, kept, state, metrics, facts, profile, watchdog, drift
+        )
         return run.train()
     finally:
         metrics.close()
@@ -168,6 +189,31 @@ def _state_of(resumed: Any, facts: dict[str, Any], say_once: Callable[[str], Non
         say_once("data.heldout is not what it was: the best checkpoint so far is forgotten")
         return replace(state, heldout_nll_best=None, heldout_best_step=None, heldout_nll_before=None)
     return state
+
+
+def _with_starting_nll(
+    state: Any, kept: Any, engine: Any, resumed: Any, facts: dict[str, Any], config: RunConfig, world: World
+) -> Any:
+    """The state with the NLL at step 0 of retention sources that are new, by an engine with the pre-trained weights.
+
+    Sources that changed or went are forgotten; what a run that started from other weights would have to tell stays
+    unknown. A collective.
+    """
+    from sft_dist.session import print_from_main
+    from sft_dist.train.evaluate import heldout_details
+
+    state = replace(state, retention=() if kept is None else kept.comparable(state.retention))
+    missing = [] if kept is None else kept.missing(state.retention)
+    if not missing:
+        return state
+    say_once, new = print_from_main(world), f"data.retention: {', '.join(missing)}: new since the run began; "
+    if resumed.manifest["weights"] != facts["weights"] or resumed.manifest["config"].get("model.init_from"):
+        say_once(f"{new}its NLL before is not known, since model.path does not hold the weights of step 0")
+        return state
+    say_once(f"{new}scored with the pre-trained weights first")
+    details = heldout_details(engine, kept.selection, kept.packs, world, config.batch.packs_per_micro_batch)
+    known = kept.measured(details, state.retention, is_start=True)
+    return replace(state, retention=tuple(replace(i, now=None) if i.name in missing else i for i in known))
 
 
 def _resumed_from(config: RunConfig, world: World, say_once: Callable[[str], None]) -> Any:
@@ -228,6 +274,17 @@ def _initial_weights(config: RunConfig, say_progress: Callable[[str], None]) -> 
             "the same, or export that run and make the export this run's model.path"
         )
     return found.folder
+
+
+def _say_advice(
+    config: RunConfig, selection: Selection, plan: Plan, num_parameters: int, say_once: Callable[[str], None]
+) -> None:
+    from sft_dist.train import advice
+
+    passes = plan.num_steps / plan.steps_per_epoch * plan.num_samples / len(selection)
+    num_conversations = len({*selection.indices.tolist()})
+    for line in advice.warnings(config, advice.Facts(num_parameters, num_conversations, passes)):
+        say_once(line)
 
 
 def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:

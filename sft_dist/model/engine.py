@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sft_dist.config import ModelConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
-from sft_dist.model import anchor, attention, groups, loading, resharding, sharding, zero
+from sft_dist.model import anchor, attention, groups, interpolation, loading, resharding, sharding, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
@@ -155,6 +156,11 @@ class Engine:
     def causal_lm(self) -> Any:
         """The model of transformers inside, its parameters sharded."""
         return self._engine.module.model
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters, of all ranks together, tied ones once."""
+        return sum(map(zero.numel, self.causal_lm.parameters()))
 
     def on_forward(self, action: Callable[[], None]) -> None:
         """Call `action` at the beginning of every forward from now on."""
@@ -400,23 +406,25 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     return result
 
 
-def inference_engine(config: RunConfig, world: World, weights: Path | None) -> Engine:
+def inference_engine(config: RunConfig, world: World, weights: Path | None, *, coefficient: float = 1.0) -> Engine:
     """The same model without optimizer, for scoring: sharded parameters, no gradients.
 
-    Raises ConfigError for parameters that neither the model's files nor `weights` hold.
+    With a coefficient below 1 its weights lie so far on the way from the pre-trained ones to those of checkpoint
+    `weights`. Raises ConfigError for parameters that neither the model's files nor `weights` hold.
     """
-    engine, settings = _frozen_engine(config, world, weights, may_persist=True)
+    engine, settings = _frozen_engine(config, world, weights, may_persist=True, coefficient=coefficient)
     return Engine(engine, world, settings=settings)
 
 
 def _frozen_engine(
-    config: RunConfig, world: World, weights: Path | None, *, may_persist: bool
+    config: RunConfig, world: World, weights: Path | None, *, may_persist: bool, coefficient: float = 1.0
 ) -> tuple[Any, dict[str, int]]:
     """DeepSpeed's engine for forwards alone, and its settings; `may_persist`: weights may stay whole."""
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    model, layers = _sharded_model(config, world, tree, weights, seed=None if weights is None else config.seed)
+    seed = None if weights is None else config.seed
+    model, layers = _sharded_model(config, world, tree, weights, seed=seed, coefficient=coefficient)
     model.requires_grad_(False)
     if config.model.compile:
         compile_layers(layers)
@@ -441,7 +449,13 @@ def _device_bytes(world: World) -> int:
 
 
 def _sharded_model(
-    config: RunConfig, world: World, tree: dict[str, Any], weights: Path | None, *, seed: int | None
+    config: RunConfig,
+    world: World,
+    tree: dict[str, Any],
+    weights: Path | None,
+    *,
+    seed: int | None,
+    coefficient: float = 1.0,
 ) -> tuple[TokenLogprobs, list[nn.Module]]:
     """The model, and its decoder layers as leaves of ZeRO-3."""
     import deepspeed
@@ -483,7 +497,7 @@ def _sharded_model(
         say(f"model.path: no decoder layers found in {type(model).__name__}: every module of it is gathered by itself")
     wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
     if weights is not None:
-        zero.assign(model, stored_parameters(weights))
+        zero.assign(model, stored_parameters(weights), partial(interpolation.between, coefficient=coefficient))
     return wrapped, layers
 
 

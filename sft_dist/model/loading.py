@@ -180,11 +180,17 @@ def _add_tokens(causal_lm: Any, added: NewTokens) -> None:
         raise ConfigError(
             f"model.control_tokens: {causal_lm.config.model_type} has no plain embeddings and head to add tokens to"
         )
-    own = [p for p in (embeddings.weight, head.weight, head.bias) if isinstance(p, torch.nn.Parameter)]
-    for parameter in {id(parameter): parameter for parameter in own}.values():  # tied ones once
+    for parameter in parameters_of_tokens(causal_lm):
         zero.extend_rows(causal_lm, parameter, num_rows, new=added.ids, mean_of=added.old_ids)
     embeddings.num_embeddings = head.out_features = num_rows
     causal_lm.vocab_size = causal_lm.config.get_text_config().vocab_size = num_rows
+
+
+def parameters_of_tokens(causal_lm: Any) -> list[torch.nn.Parameter]:
+    """The parameters with one row a token, tied ones once."""
+    embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    found = (embeddings.weight, getattr(head, "weight", None), getattr(head, "bias", None))
+    return list({id(p): p for p in found if isinstance(p, torch.nn.Parameter)}.values())
 
 
 def _check_report(model: ModelConfig, report: dict[str, Any], *, may_start_new: bool) -> None:

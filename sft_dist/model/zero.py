@@ -4,7 +4,7 @@ With model/engine.py the only module that imports DeepSpeed; what lies in shard 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ def safe_load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
+def assign(
+    model: nn.Module, values: Iterator[tuple[str, Tensor]], combine: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> None:
     """Write whole values into a model's parameters, sharded or not; every rank copies only its own part.
 
-    Raises StorageError unless names and shapes are exactly those of the model.
+    With `combine`, what is written is that of the part as it is and the part of the value, both flat. Raises
+    StorageError unless names and shapes are exactly those of the model.
     """
     parameters = dict(model.named_parameters())
     seen = set()
@@ -48,7 +51,7 @@ def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
                 "model.path and model.control_tokens must be those of the run that wrote it"
             )
         with torch.no_grad():
-            _write(parameter, value)
+            _write(parameter, value, combine or (lambda old, new: new))
         seen.add(name)
     if missing := sorted(set(parameters) - seen):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
@@ -80,17 +83,11 @@ def extend_rows(
 ) -> None:
     """Put a parameter of num_rows rows in the place of `parameter` [V, ...], wherever the model uses it.
 
-    Old rows keep their bits. The rows `new`, and all from V on, are the mean of the rows `mean_of` (those below V).
-    The new parameter is sharded if the old one was. A collective under ZeRO-3.
+    Old rows keep their bits, others are those of `with_rows`. The new parameter is sharded if the old one was. A
+    collective under ZeRO-3.
     """
     with gathered(parameter):
-        old = parameter.detach()
-        chosen = torch.tensor([row for row in mean_of if row < len(old)], device=old.device)
-        # Summed in float64, a few rows at a time: the mean is rounded once and costs no copy of the whole.
-        total = torch.stack([old[rows].double().sum(0) for rows in chosen.split(_ROWS_AT_ONCE)]).sum(0)
-        value = old.new_empty(num_rows, *old.shape[1:])
-        value[: len(old)] = old
-        value[[*new, *range(len(old), num_rows)]] = (total / len(chosen)).to(value)
+        value = with_rows(parameter.detach(), num_rows, new=new, mean_of=mean_of)
     extended = nn.Parameter(value, requires_grad=parameter.requires_grad)
     if hasattr(parameter, "convert_to_zero_parameters"):
         parameter.convert_to_zero_parameters([extended])  # as DeepSpeed itself does with parameters that come late
@@ -98,6 +95,17 @@ def extend_rows(
         for name, own in module.named_parameters(recurse=False, remove_duplicate=False):
             if own is parameter:
                 module.register_parameter(name, extended)
+
+
+def with_rows(old: Tensor, num_rows: int, *, new: Sequence[int], mean_of: Sequence[int]) -> Tensor:
+    """`old` [V, ...] with num_rows rows; those of `new`, and all from V on, are the mean of the rows `mean_of`."""
+    chosen = torch.tensor([row for row in mean_of if row < len(old)], device=old.device)
+    # Summed in float64, a few rows at a time: the mean is rounded once and costs no copy of the whole.
+    total = torch.stack([old[rows].double().sum(0) for rows in chosen.split(_ROWS_AT_ONCE)]).sum(0)
+    value = old.new_empty(num_rows, *old.shape[1:])
+    value[: len(old)] = old
+    value[[*new, *range(len(old), num_rows)]] = (total / len(chosen)).to(value)
+    return value
 
 
 def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
@@ -124,14 +132,15 @@ def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
+def _write(parameter: nn.Parameter, value: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+    flat = value.reshape(-1)
     if not hasattr(parameter, "ds_tensor"):
-        parameter.copy_(value)
+        parameter.copy_(combine(parameter.reshape(-1), flat.to(parameter.device)).view(parameter.shape))
         return
     import torch.distributed as dist
 
-    shard = parameter.ds_tensor
+    shard = parameter.ds_tensor.view(-1)
     first = dist.get_rank() * shard.numel()
-    mine = value.reshape(-1)[first : first + shard.numel()]
-    shard.zero_()
-    shard[: mine.numel()].copy_(mine)
+    mine = flat[first : first + shard.numel()].to(shard.device)
+    shard[: mine.numel()].copy_(combine(shard[: mine.numel()], mine))
+    shard[mine.numel() :].zero_()

@@ -21,6 +21,7 @@ from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, StorageError, say
 from sft_dist.paths import fault_of_name
 from sft_dist.train.files import masked, write_json
+from sft_dist.train.forgetting import SourceNll
 from sft_dist.train.integrity import Unreadable, fault_of_files
 from sft_dist.train.numbers import History
 
@@ -44,11 +45,14 @@ class TrainState:
     heldout_best_step: int | None = None
     heldout_nll_last: float | None = None
     history: History = field(default_factory=History)  # losses, steps left out and rollbacks
+    retention: tuple[SourceNll, ...] = ()  # of every source of data.retention
 
     def __post_init__(self) -> None:
         history: Any = self.history
         if isinstance(history, dict):  # as a manifest has it
             object.__setattr__(self, "history", History.read(history))
+        sources: Any = self.retention
+        object.__setattr__(self, "retention", tuple(SourceNll(**s) if isinstance(s, dict) else s for s in sources))
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,14 +49,14 @@ def facts(
         "dtype": str(compute_dtype(config.model)).removeprefix("torch."),
         "states": str(states_dtype(config)).removeprefix("torch."),
         "data": {
-            "samples": _samples_digest(dataset),
+            "samples": samples_digest(dataset),
             "sources": [
                 {"path": item["path"], "sha256": item["sha256"], "repeat": source.repeat, "weight": source.weight}
                 for item, source in zip(dataset.manifest["sources"], config.data.train, strict=True)
             ],
         },
         "first_step": _digest(repr([tuple(map(int, pack)) for pack in plan.packs(0)]).encode()),
-        "heldout": None if heldout is None else _samples_digest(heldout),
+        "heldout": None if heldout is None else samples_digest(heldout),
         "tokenizer": _tokenizer(config),
         "template": dataset.manifest["template"],
         "stop_ids": dataset.manifest["stop_ids"],
@@ -224,7 +224,7 @@ def _minor(text: str | None) -> tuple[str, ...]:
     return tuple((text or "").split(".")[:2])
 
 
-def _samples_digest(dataset: PreparedDataset) -> str:
+def samples_digest(dataset: PreparedDataset) -> str:
     """Of what the plan and the targets follow from: contents, lengths, order, spans, weights; not the tokens.
 
     With the tokenizer's and the template's identity it stands for the tokens, and costs some 60 bytes a sample to read.

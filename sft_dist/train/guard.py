@@ -22,7 +22,7 @@ from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.meter import PhaseClock
 from sft_dist.train.metrics import Metrics
 from sft_dist.train.numbers import Verdict
-from sft_dist.train.offenders import Search
+from sft_dist.train.offenders import HeldOut, Search
 from sft_dist.train.saver import Saver
 
 
@@ -101,18 +101,19 @@ class Guard:
         """The step whose checkpoint a rollback would need now, which retention must keep; 0: none."""
         return numbers.last_regular(state.step, self._config.numbers, self._config.checkpoint)
 
-    def heldout(self, nll: float, selection: Selection, packs: list[Pack], step: int) -> None:
-        """Say which held-out conversations make the NLL after `step` steps something else than a number.
+    def heldout(self, nll: float, selection: Selection, packs: list[Pack], step: int, *, name: HeldOut) -> None:
+        """Say which conversations make the NLL of this data after `step` steps something else than a number.
 
         Raises TrainingError with numbers.non_finite: stop, and where the weights are at fault.
         """
         self._saver.finish()
-        report = self._search.heldout(f"the held-out NLL after step {step:,} is {nll}", step, selection, packs)
+        said = "held-out" if name == "heldout" else name
+        report = self._search.heldout(f"the {said} NLL after step {step:,} is {nll}", step, selection, packs, name=name)
         if self._config.numbers.non_finite == "stop" or report.broken_weights:
             raise TrainingError(str(report))
         self._metrics.say(f"warning: {report}; this evaluation does not count")
         found = [offender.id for offender in report.offenders]
-        self._metrics.record("heldout_skipped", step, file=report.file.name, conversations=found)
+        self._metrics.record(f"{name}_skipped", step, file=report.file.name, conversations=found)
 
     def _update(self, step: int) -> float:
         """Clip and update. Returns the gradient's norm before clipping; where it is not finite nothing was updated."""

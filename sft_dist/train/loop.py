@@ -25,19 +25,21 @@ from sft_dist.errors import ExitCode
 from sft_dist.model import probe
 from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
-from sft_dist.train import objective, out_of_memory
+from sft_dist.train import forgetting, objective, out_of_memory
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.deadline import job_end_s
 from sft_dist.train.details import Details
 from sft_dist.train.drift import DriftMeter
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.feeding import Feed, micro_batches
+from sft_dist.train.forgetting import Retention
 from sft_dist.train.goodput import Timeline
 from sft_dist.train.gradient import accumulate_gradient
 from sft_dist.train.guard import Gradient, Guard
 from sft_dist.train.interrupt import StopRequest
 from sft_dist.train.meter import Meter, PhaseClock, shares_line
 from sft_dist.train.metrics import Metrics, step_line
+from sft_dist.train.offenders import HeldOut
 from sft_dist.train.profiling import Profile
 from sft_dist.train.saver import Saver
 from sft_dist.train.schedule import learning_rate
@@ -70,6 +72,7 @@ class Run:
         selection: Selection,
         plan: Plan,
         heldout: Heldout | None,
+        retention: Retention | None,
         state: TrainState,
         metrics: Metrics,
         facts: dict[str, Any],
@@ -83,6 +86,7 @@ class Run:
         self.selection = selection
         self.plan = plan
         self.heldout = heldout
+        self.retention = retention
         self.state = state
         self.metrics = metrics
         self.stop = StopRequest(end_s=job_end_s(os.environ), margin_s=config.checkpoint.stop_before_end_s)
@@ -102,16 +106,19 @@ class Run:
         self._timeline.mark("startup", step=self.state.step)
         if self.state.step == 0:
             self._evaluate(0)
-        steps = range(self.state.step, self.plan.num_steps)
+        # A run that was stopped early stays so when it is started again, until its run file allows more.
+        early = self._excess() if self.state.step < self.plan.num_steps else None
+        steps = range(self.state.step, self.state.step if early else self.plan.num_steps)
         per_forward = self.config.batch.packs_per_micro_batch
         source = micro_batches(self.selection, self.plan, steps, self.world, per_forward)
         ahead = -(-self.plan.global_packs // (self.world.size * per_forward))
         with Feed(source, self.engine.device, ahead=ahead) as feed:
             exit_code, reason = self._take_steps(steps, feed)
         self._end_measuring()
+        self._say_retention()
         if exit_code is ExitCode.DONE:
             self._drift.at_end(self.state.step, is_new=bool(steps))
-        return self._result(exit_code, reason)
+        return self._result(exit_code, f"stopped early: {early}," if early else reason)
 
     def _take_steps(self, steps: Iterable[int], feed: Feed) -> tuple[ExitCode, str]:
         for step in steps:
@@ -131,11 +138,11 @@ class Run:
             if is_last or (every and finished % every == 0):
                 self._evaluate(finished)
                 self._drift.after_evaluation(finished)
-            reason = self._reason_to_stop(finished) if not is_last else None
-            if is_last or reason or self._due(finished):
-                self._save(wait=is_last or reason is not None)
-            if reason:
-                return ExitCode.STOPPED, reason
+            ending = self._ending(finished) if not is_last else None
+            if is_last or ending or self._due(finished):
+                self._save(wait=is_last or ending is not None)
+            if ending:
+                return ending
         return ExitCode.DONE, "finished"
 
     def _step(self, step: int, feed: Feed) -> None:
@@ -210,24 +217,37 @@ class Run:
         )
 
     def _evaluate(self, step: int) -> None:
-        if self.heldout is None:
+        if self.heldout is None and self.retention is None:
             return
         self._meter.clock.enter("evaluate")
+        heldout, kept = self._scored("heldout", self.heldout, step), self._scored("retention", self.retention, step)
+        self._timeline.mark("evaluate", step=step)
+        # First, since a checkpoint of the best held-out NLL holds these values too.
+        if kept is not None and self.retention is not None:
+            known = self.retention.measured(kept, self.state.retention, is_start=step == 0)
+            self.state = replace(self.state, retention=known)
+        if heldout is not None:
+            self._judge_heldout(heldout, step)
+        if kept is not None:
+            self._tell_retention(step)
+        self._meter.clock.enter("other")
+
+    def _scored(self, name: HeldOut, data: Heldout | Retention | None, step: int) -> Details | None:
+        """Figures of one of the sets, None without it or where its NLL is no number and that is to be passed over."""
+        if data is None:
+            return None
         config = self.config
         with out_of_memory.explained(f"evaluation after step {step}", rank=self.world.rank, config=config):
             details = heldout_details(
-                self.engine,
-                self.heldout.selection,
-                self.heldout.packs,
-                self.world,
-                config.batch.packs_per_micro_batch,
+                self.engine, data.selection, data.packs, self.world, config.batch.packs_per_micro_batch
             )
-        self._timeline.mark("evaluate", step=step)
+        if not math.isfinite(details.all.nll):
+            self._guard.heldout(details.all.nll, data.selection, data.packs, step, name=name)
+            return None
+        return details
+
+    def _judge_heldout(self, details: Details, step: int) -> None:
         nll, accuracy = details.all.nll, details.all.accuracy
-        if not math.isfinite(nll):
-            self._guard.heldout(nll, self.heldout.selection, self.heldout.packs, step)
-            self._meter.clock.enter("other")
-            return
         self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
         for line in details.lines():
             self.metrics.say(line)
@@ -237,25 +257,47 @@ class Run:
         self.state = replace(self.state, heldout_nll_last=nll)
         if step == 0:
             self.state = replace(self.state, heldout_nll_before=nll)
-        elif best is None or nll < best:
-            self.state = replace(self.state, heldout_nll_best=nll, heldout_best_step=step)
-            if config.checkpoint.keep_best:
-                self._save()
-        else:
+        elif best is not None and nll >= best:
             self.metrics.say(f"warning: held-out NLL rises: {nll:.4f} at step {step:,}, {best:.4f} at its best")
-        self._meter.clock.enter("other")
+        elif early := self._excess():
+            self.metrics.say(f"step {step:,} is not taken for the best: {early}")
+        else:
+            self.state = replace(self.state, heldout_nll_best=nll, heldout_best_step=step)
+            if self.config.checkpoint.keep_best:
+                self._save()
+
+    def _tell_retention(self, step: int) -> None:
+        state = self.state
+        before, now = state.heldout_nll_before, state.heldout_nll_last
+        task_change = None if before is None or now is None else now - before
+        self.metrics.say(forgetting.evaluation_line(step, state.retention, task_change=task_change))
+        sources = forgetting.as_dict(state.retention)
+        self.metrics.record("retention", step, source=sources, heldout_change=task_change)
+
+    def _say_retention(self) -> None:
+        state = self.state
+        if state.retention:
+            task = (state.heldout_nll_before, state.heldout_nll_last, state.heldout_nll_best)
+            for line in forgetting.table(state.retention, task=task, best_step=state.heldout_best_step):
+                self.metrics.say(line)
+
+    def _excess(self) -> str | None:
+        """Why this run goes no further though steps are left; from sums over all ranks, so the same on each."""
+        return forgetting.excess(self.state.retention, self.config.evaluate.stop_at_retention_rise)
 
     def _due(self, step: int) -> bool:
         every = self.config.checkpoint.every
         return bool(every and step % every == 0)
 
-    def _reason_to_stop(self, step: int) -> str | None:
-        """Agreed over all ranks, once a step."""
+    def _ending(self, step: int) -> tuple[ExitCode, str] | None:
+        """Whether and why the run ends after this step; agreed over all ranks, once a step."""
         signal_name = self.stop.agreed(saving_s=self._saver.saving_s)
         if signal_name is not None:
-            return f"stopped by {signal_name}"
+            return ExitCode.STOPPED, f"stopped by {signal_name}"
+        if early := self._excess():
+            return ExitCode.DONE, f"stopped early: {early},"
         if step == self.config.checkpoint.stop_at_step:
-            return f"stopped at step {step:,} as the run file asks"
+            return ExitCode.STOPPED, f"stopped at step {step:,} as the run file asks"
         return None
 
     def _save(self, *, wait: bool = False) -> None:
@@ -323,6 +365,7 @@ class Run:
             "heldout_nll_best": state.heldout_nll_best,
             "heldout_nll_after": state.heldout_nll_last,
             "drift": self._drift.last,
+            "retention": forgetting.as_dict(state.retention),
             "skipped_steps": state.history.skipped,
             "rollbacks": state.history.rollbacks,
             "untrained_steps": state.history.untrained,

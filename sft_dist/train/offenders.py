@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,8 @@ FOLDER = "non_finite"
 _MAX_TESTS = 64  # forwards spent on telling conversations apart, beside one for each micro-batch
 _MAX_READING_S = 20.0  # spent on finding lines in the files
 _NUM_SAID = 3
+
+HeldOut = Literal["heldout", "retention"]  # data that are scored and not trained on, by their key of the run file
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +126,8 @@ class Search:
         file = Path(config.run_dir) / FOLDER / f"step-{step + 1:08d}.json"
         return self._report(Report(what, weights, tuple(broken), (), file), found, selection, config.data.train)
 
-    def heldout(self, what: str, step: int, selection: Selection, packs: Sequence[Pack]) -> Report:
-        """The held-out conversations whose log-probabilities after `step` steps are not finite."""
+    def heldout(self, what: str, step: int, selection: Selection, packs: Sequence[Pack], *, name: HeldOut) -> Report:
+        """The held-out or retention conversations whose log-probabilities after `step` steps are not finite."""
         config, world = self.config, self.world
         by_rank = [distribute(packs, n, world.size, config.batch.packs_per_micro_batch) for n in range(world.size)]
 
@@ -135,8 +138,9 @@ class Search:
 
         self.engine.train(False)
         found, weights = self._find(_groups(by_rank), is_bad)
-        file = Path(config.run_dir) / FOLDER / f"heldout-{step:08d}.json"
-        return self._report(Report(what, weights, (), (), file), found, selection, config.data.heldout)
+        file = Path(config.run_dir) / FOLDER / f"{name}-{step:08d}.json"
+        sources = config.data.heldout if name == "heldout" else config.data.retention
+        return self._report(Report(what, weights, (), (), file), found, selection, sources)
 
     def _own(self, items: Sequence[Item], selection: Selection) -> tuple[Example, ...]:
         return tuple(selection[item.sample] for item in items if item.rank == self.world.rank)
