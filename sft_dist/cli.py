@@ -119,7 +119,11 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             from sft_dist import export
 
             return export.run(
-                Path(options.run_dir), Path(options.output), which=options.checkpoint, dtype=options.dtype
+                Path(options.run_dir),
+                Path(options.output),
+                which=options.checkpoint,
+                dtype=options.dtype,
+                merge=options.merge,
             )
         case "generate":
             from sft_dist import generation
@@ -235,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the precision of training"
     )
+    export.add_argument("--merge", action="store_true", help="of adapters: write the whole model, them merged in")
     _checkpoint_option(export)
     generate = verbs.add_parser("generate", help="answer a prompt")
     generate.add_argument("--model", required=True, help="model folder, Hub id or run folder")

@@ -11,18 +11,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sft_dist import faults
+from sft_dist import adapter_export, faults
 from sft_dist.config import ModelConfig
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError, ExitCode, StorageError
-from sft_dist.train import rundir
+from sft_dist.train import contract, rundir
 from sft_dist.train.checkpoint import Checkpoint, find
 
 _FILE_BYTES = 4 * 2**30
 
 
-def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCode:
-    """Export a checkpoint of `run_dir` to the new folder `output`. Raises StorageError when verification fails."""
+def run(run_dir: Path, output: Path, *, which: str, dtype: str | None, merge: bool = False) -> ExitCode:
+    """Export a checkpoint of `run_dir` to the new folder `output`. Raises StorageError when verification fails.
+
+    Of a run with adapters these alone are written, or with `merge` the model that they and their base are together.
+    """
     from transformers.utils import logging
 
     from sft_dist.model.engine import set_environment
@@ -35,14 +38,22 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output: {output} exists and is not an empty folder")
     load_config(config.model, max_length=2)  # a base model that moved is told before anything is written
+    contract.check_base(config, checkpoint)
+    has_adapters = config.adapter.kind != "none"
+    if merge and not has_adapters:
+        raise ConfigError(f"--merge: {run_dir} has trained all weights: there are no adapters to merge; leave it out")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as private:
             written = Path(private) / output.name  # with the modes that a new folder has, which the private one has not
             written.mkdir()
             chosen = _write_companions(config.model, checkpoint, written, dtype)
-            num_bytes = _write_weights(checkpoint, written, chosen)
-            difference = _verify(config.model, checkpoint, written, chosen)
+            if has_adapters:
+                difference = adapter_export.write(config, checkpoint, written, chosen, merge=merge)
+            else:
+                _write_weights(checkpoint, written, chosen)
+                difference = _verify(config.model, checkpoint, written, chosen)
+            num_bytes = sum(file.stat().st_size for file in written.glob("*.safetensors"))
             if output.exists():
                 output.rmdir()
             faults.reach("export.before_rename", rank=0)
@@ -86,7 +97,7 @@ def _write_companions(model: ModelConfig, checkpoint: Checkpoint, folder: Path, 
     return chosen
 
 
-def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str) -> int:
+def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -108,7 +119,6 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: str) -> int:
     if len(names) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return total
 
 
 def _assign_files(numel: dict[str, int], item_bytes: int) -> dict[str, str]:

@@ -75,7 +75,7 @@ def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Pl
     sources = config.data.train
     selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
     _refuse_overflow(selection, config)
-    cost = cost_model(config.model, is_main=share.rank == 0)
+    cost = training_cost(config, is_main=share.rank == 0)
     try:
         plan = _plan(selection, config, config.schedule.epochs, cost)
     except ValueError as error:
@@ -115,6 +115,12 @@ def _check_scorable(selection: Selection, config: RunConfig) -> None:
             f"data.heldout: no sample has a target token (objective.train_on: {config.objective.train_on}) and fits "
             f"into data.max_length ({config.data.max_length:,})"
         )
+
+
+def training_cost(config: RunConfig, *, is_main: bool) -> CostModel:
+    """As `cost_model`, of what this run trains."""
+    cost = cost_model(config.model, is_main=is_main)
+    return cost if config.adapter.kind == "none" or cost == BY_TOKENS else cost.frozen()
 
 
 def cost_model(model: ModelConfig, *, is_main: bool) -> CostModel:

@@ -184,7 +184,7 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
 def initial_weights(config: RunConfig) -> Path | None:
     """The checkpoint that model.init_from names, as rank 0 finds it. A collective.
 
-    Raises ConfigError where its tokens are not this run's.
+    Raises ConfigError where its tokens or its adapters are not this run's.
     """
     from sft_dist.distributed import collectives
 
@@ -192,18 +192,12 @@ def initial_weights(config: RunConfig) -> Path | None:
 
 
 def _initial_weights(config: RunConfig) -> Path | None:
-    from sft_dist.train import checkpoint
+    from sft_dist.train import checkpoint, contract
 
     if config.model.init_from is None:
         return None
     found = checkpoint.find(Path(config.model.init_from), "last")
-    before = tuple(found.manifest["config"].get("model.control_tokens") or ())
-    if before != config.model.control_tokens:
-        raise ConfigError(
-            f"model.init_from: {config.model.init_from} was trained with model.control_tokens: {list(before)}, this "
-            f"run file has {list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use "
-            "the same, or export that run and make the export this run's model.path"
-        )
+    contract.check_initial(config, found)
     return found.folder
 
 

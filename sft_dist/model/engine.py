@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import sft_dist
-from sft_dist.config import ModelConfig, OptimizerConfig, RunConfig
+from sft_dist.config import AdapterConfig, ModelConfig, OptimizerConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
-from sft_dist.model import attention, loading, resharding, sharding, zero
+from sft_dist.model import adapters, attention, loading, resharding, sharding, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
@@ -125,11 +125,19 @@ class Engine:
 
     `reduce_once`: the micro-batches of a step add up their gradients on each rank, and the last one reduces the sum.
     `settings`: what was derived from the model and the memory at hand, for the record.
+    `base`: names of frozen parameters that checkpoints leave out, since they are those of model.path.
     """
 
     def __init__(
-        self, engine: Any, world: World, *, reduce_once: bool = False, settings: dict[str, Any] | None = None
+        self,
+        engine: Any,
+        world: World,
+        *,
+        reduce_once: bool = False,
+        settings: dict[str, Any] | None = None,
+        base: frozenset[str] = frozenset(),
     ) -> None:
+        self._base = base
         self.settings = settings or {}
         self._engine = engine
         self._world = world
@@ -260,7 +268,9 @@ class Engine:
         writer = self._engine.checkpoint_engine
         writer.save, writer.makedirs = keep, lambda path, exist_ok=False: None
         self._engine._copy_recovery_script = lambda save_path: None  # its converters: export does that work here
-        self._engine.save_checkpoint("unused", tag=_SHARDS, save_latest=False)
+        self._engine.save_checkpoint(
+            "unused", tag=_SHARDS, save_latest=False, exclude_frozen_parameters=bool(self._base)
+        )
         return Snapshot(files)
 
     def save(self, folder: Path) -> None:
@@ -275,7 +285,7 @@ class Engine:
 
         Raises ConfigError where its parameters or their groups are not this model's.
         """
-        resharding.load(self._engine, folder / _SHARDS, rank=self._world.rank)
+        resharding.load(self._engine, folder / _SHARDS, rank=self._world.rank, but=self._base)
 
 
 def stored_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
@@ -323,7 +333,8 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     zero.clear_padding(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
-    return Engine(engine, world, reduce_once=reduce_once, settings=settings)
+    base = frozenset() if config.adapter.kind == "none" else adapters.frozen_names(model)
+    return Engine(engine, world, reduce_once=reduce_once, settings=settings, base=base)
 
 
 def inference_engine(config: RunConfig, world: World, weights: Path | None) -> Engine:
@@ -334,6 +345,8 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None) -> E
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
+    if weights is None:
+        config = config.model_copy(update={"adapter": AdapterConfig()})  # one that nothing has trained changes nothing
     model, layers = _sharded_model(config, world, tree, weights, seed=None if weights is None else config.seed)
     model.requires_grad_(False)
     if config.model.compile:
@@ -370,6 +383,8 @@ def _sharded_model(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     added = loading.new_tokens(config.model)
+    if config.adapter.kind != "none":
+        adapters.check_tokens(added)
     announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
     model = loading.load_causal_lm(
@@ -379,7 +394,11 @@ def _sharded_model(
         dtype=compute_dtype(config.model),
         max_length=config.data.max_length,
         seed=seed,
+        quantisation=adapters.quantisation(config.adapter, compute_dtype(config.model)),
     )
+    base = adapters.inject(model, config.adapter, seed=config.seed)
+    if base and world.is_main:
+        say(adapters.describe(model, config.adapter))
     if added is not None and weights is None and world.is_main:
         say(added.describe(model_config))
     chosen = attention.choose_attention(
@@ -399,7 +418,7 @@ def _sharded_model(
         say(f"model.path: no decoder layers found in {type(model).__name__}: every module of it is gathered by itself")
     wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
     if weights is not None:
-        zero.assign(model, stored_parameters(weights))
+        zero.assign(model, stored_parameters(weights), but=base)
     return wrapped, layers
 
 

@@ -4,7 +4,7 @@ With model/engine.py the only module that imports DeepSpeed; what lies in shard 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ def safe_load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
+def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]], *, but: Set[str] = frozenset()) -> None:
     """Write whole values into a model's parameters, sharded or not; every rank copies only its own part.
 
-    Raises StorageError unless names and shapes are exactly those of the model.
+    Raises StorageError unless names and shapes are exactly those of the model; the names `but` may have no value, and
+    keep theirs.
     """
     parameters = dict(model.named_parameters())
     seen = set()
@@ -50,7 +51,7 @@ def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
         with torch.no_grad():
             _write(parameter, value)
         seen.add(name)
-    if missing := sorted(set(parameters) - seen):
+    if missing := sorted(set(parameters) - seen - but):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
 
 
@@ -98,6 +99,15 @@ def extend_rows(
         for name, own in module.named_parameters(recurse=False, remove_duplicate=False):
             if own is parameter:
                 module.register_parameter(name, extended)
+
+
+def shard_new(model: nn.Module) -> None:
+    """Shard the parameters that came to a sharded model after it was loaded. A collective under ZeRO-3."""
+    parameters = list(model.parameters())
+    sharded: Any = next((parameter for parameter in parameters if hasattr(parameter, "ds_tensor")), None)
+    if sharded is not None:
+        new = [parameter for parameter in parameters if not hasattr(parameter, "ds_tensor")]
+        sharded.convert_to_zero_parameters(new)  # as DeepSpeed itself does with parameters that come late
 
 
 def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 from sft_dist.config import (
+    AdapterConfig,
     BatchConfig,
     DataConfig,
     ModelConfig,
@@ -37,7 +38,8 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
     return RunConfig(
         run_dir=str(folder / "run"),
         seed=3,
-        model=ModelConfig(path=case["model"], dtype=case.get("dtype", "float32")),
+        model=ModelConfig(path=case["model"], dtype=case.get("dtype", "float32"), compile=case.get("compile", False)),
+        adapter=AdapterConfig(**case.get("adapter", {})),
         data=DataConfig(
             train=({"path": case["data"]},),
             max_length=384,
