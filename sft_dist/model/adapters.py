@@ -27,8 +27,6 @@ def quantisation(adapter: AdapterConfig, dtype: torch.dtype) -> Any:
     """What transformers is told about 4 bits; None for weights as they are. Raises ConfigError where it cannot run."""
     if adapter.quantise == "none":
         return None
-    if not torch.cuda.is_available():
-        raise ConfigError(f"adapter.quantise: {adapter.quantise} computes on GPUs, and this machine has none; use none")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"adapter.quantise: {adapter.quantise} needs bitsandbytes, which is not installed: pip install "
