@@ -19,11 +19,15 @@ from tests.helpers.resume_cases import run_config
 
 def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """Loss and whole gradient of step 0 at the state of a checkpoint, or at the start; which parameters are sharded."""
+    import torch._dynamo
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
+    from torch._dynamo.utils import counters
 
     config = run_config(case, folder)
     selection, plan = training_set(config)
+    torch._dynamo.reset()
+    counters.clear()
     with mock.patch.object(engines, "compile_layers", partial(compile_layers, backend="aot_eager")):
         engine = engines.training_engine(config, world, None)
     if "resume" in case:
@@ -42,6 +46,7 @@ def gradient(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
         "unsharded": [n for n, p in parameters.items() if p.ds_tensor.numel() != -(-p.ds_numel // world.size)],
         "gathered": gathered,
         "leaves": engine.settings["decoder_layers"],
+        "graph_breaks": dict(counters["graph_break"]),
         "num_states": sum(safe_get_full_optimizer_state(p, "exp_avg").numel() for p in trained.values()),
     }
     engine.close()

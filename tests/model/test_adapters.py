@@ -12,8 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
+from sft_dist.config import AdapterConfig, ModelConfig
+from sft_dist.errors import ConfigError
+from sft_dist.model import adapters, loading
 from sft_dist.model.zero import safe_load
 from tests.helpers import oracle
+from tests.helpers.bare import CHATML_TOKENS, build_bare_model
 from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.models import FAMILIES, build_model
 from tests.helpers.worlds import run_world
@@ -75,6 +79,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         if size == 2:
             cases["whole"] = case("train", DRAWS[0], steps=[0, LAST])
             cases["bfloat16"] = case("gradient", DRAWS[0], resume=str(folder / "saved-0"), dtype="bfloat16")
+            offload = {"dtype": "bfloat16", "deepspeed": "zero3_offload_all"}
+            cases["offloaded"] = case("train", DRAWS[1], steps=[0, SAVED], save=str(folder / "offloaded")) | offload
             cases["tiny"] = case("train", tiny, steps=[0, 1], save=str(folder / "tiny"))
             cases["exact"] = case("exact", DRAWS[0], name="exact", epochs=1, global_packs=3) | {
                 "adapter": DROPOUT,
@@ -217,6 +223,14 @@ def test_compiled_layers_have_the_same_gradient(worlds: dict[str, Any]) -> None:
     eager, compiled = worlds["answers"]["gradient", 0, 1], worlds["answers"]["compiled"]
     assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-6)
     assert _largest_relative_difference(compiled["gradients"], eager["gradients"]) < 1e-5
+    assert compiled["graph_breaks"] == {}
+
+
+def test_offloaded_weights_and_states_train_alike(worlds: dict[str, Any]) -> None:
+    exact, found = worlds["answers"]["train", 1], worlds["answers"]["offloaded"]
+    assert found["losses"] == pytest.approx(exact["losses"], rel=2e-2)
+    assert found["stored"].keys() == exact["stored"].keys()
+    assert all(bool(value.any()) for value in found["stored"].values()), "also those that start at zero have moved"
 
 
 def test_a_checkpoint_of_other_adapters_or_of_none_is_refused_by_name(worlds: dict[str, Any]) -> None:
@@ -231,3 +245,18 @@ def test_targets_that_are_none_are_refused_by_name(worlds: dict[str, Any], patte
     assert told.startswith(f"ConfigError: adapter.targets: {pattern}: ")
     assert ("only linear layers of decoder layers can" in told) == (pattern != "*.qproj")
     assert ("nothing has such a name" in told) == (pattern == "*.qproj")
+
+
+def test_control_tokens_that_need_new_embeddings_are_refused(tmp_path: Path) -> None:
+    bare = ModelConfig(path=str(build_bare_model(tmp_path / "bare", "llama")), control_tokens=CHATML_TOKENS)
+    with pytest.raises(ConfigError, match=r"control_tokens: <\|im_start\|>, <\|im_end\|> would need embeddings"):
+        adapters.check_tokens(loading.new_tokens(bare))
+    known = ModelConfig(path=str(build_model(tmp_path / "known", "llama")), control_tokens=CHATML_TOKENS)
+    adapters.check_tokens(loading.new_tokens(known))
+
+
+def test_four_bits_without_bitsandbytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"adapter.quantise: nf4 needs bitsandbytes, which is not installed"):
+        adapters.quantisation(AdapterConfig(kind="lora", quantise="nf4"), torch.bfloat16)
+    assert adapters.quantisation(AdapterConfig(kind="lora"), torch.bfloat16) is None
