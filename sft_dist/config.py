@@ -102,7 +102,7 @@ class AdapterConfig(Section):
     targets: tuple[str, ...] = ()
     """Name patterns (fnmatch, such as "*.q_proj") of the linear layers to adapt; none: all in the decoder layers."""
     quantise: Literal["none", "nf4"] = "none"
-    """Hold the frozen weights of linear layers in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes on GPUs."""
+    """Hold the frozen weights of linear layers in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes."""
 
     @model_validator(mode="after")
     def _says_its_kind(self) -> "AdapterConfig":

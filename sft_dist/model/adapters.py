@@ -57,6 +57,9 @@ def inject(causal_lm: Any, adapter: AdapterConfig, *, seed: int) -> frozenset[st
     from peft import inject_adapter_in_model
 
     config = lora_config(causal_lm, adapter)
+    for module in causal_lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # it packs weights anew in place, which shards cannot follow
     torch.manual_seed(seed % 2**63)  # all that torch takes
     try:
         with warnings.catch_warnings():

@@ -397,6 +397,8 @@ def _sharded_model(
         quantisation=adapters.quantisation(config.adapter, compute_dtype(config.model)),
     )
     base = adapters.inject(model, config.adapter, seed=config.seed)
+    if config.adapter.quantise != "none":
+        deepspeed.zero.Init(module=model, config_dict_or_path=tree)  # transformers leaves quantised weights whole
     if base and world.is_main:
         say(adapters.describe(model, config.adapter))
     if added is not None and weights is None and world.is_main:
