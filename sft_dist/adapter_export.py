@@ -88,12 +88,14 @@ def _base(config: RunConfig, checkpoint: Checkpoint) -> Any:
 
     dtype = getattr(torch, checkpoint.manifest["dtype"])
     quantisation = adapters.quantisation(config.adapter, dtype)
-    return AutoModelForCausalLM.from_pretrained(
+    base = AutoModelForCausalLM.from_pretrained(
         config.model.path,
         dtype=dtype,
         trust_remote_code=config.model.trust_remote_code,
         **({} if quantisation is None else {"quantization_config": quantisation}),
     )
+    adapters.keep_layout(base)
+    return base
 
 
 def _with_adapters(config: RunConfig, checkpoint: Checkpoint, dtype: str) -> Any:

@@ -43,6 +43,13 @@ def quantisation(adapter: AdapterConfig, dtype: torch.dtype) -> Any:
     )
 
 
+def keep_layout(causal_lm: nn.Module) -> None:
+    """Leave 4-bit weights as they lie: bitsandbytes packs them anew on some CPUs, and shards do not follow."""
+    for module in causal_lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def inject(causal_lm: Any, adapter: AdapterConfig, *, seed: int) -> frozenset[str]:
     """Wrap the chosen linear layers in place and freeze all other parameters, whose names are returned.
 
@@ -57,9 +64,7 @@ def inject(causal_lm: Any, adapter: AdapterConfig, *, seed: int) -> frozenset[st
     from peft import inject_adapter_in_model
 
     config = lora_config(causal_lm, adapter)
-    for module in causal_lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it packs weights anew in place, which shards cannot follow
+    keep_layout(causal_lm)
     torch.manual_seed(seed % 2**63)  # all that torch takes
     try:
         with warnings.catch_warnings():

@@ -149,10 +149,10 @@ def test_a_run_starts_from_another_with_the_same_adapters_only(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     config = load_config(tmp_path / "run.yaml")
     if told is None:
-        assert _initial_weights(config) == checkpoint.find(trained.folder / "run", "last").folder
+        assert _initial_weights(config, print) == checkpoint.find(trained.folder / "run", "last").folder
         return
     with pytest.raises(ConfigError, match=told):
-        _initial_weights(config)
+        _initial_weights(config, print)
 
 
 def test_rounding_a_merged_model_is_said(trained: Place) -> None:
