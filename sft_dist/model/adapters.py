@@ -47,7 +47,7 @@ def keep_layout(causal_lm: nn.Module) -> None:
     """Leave 4-bit weights as they lie: bitsandbytes packs them anew on some CPUs, and shards do not follow."""
     for module in causal_lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def inject(causal_lm: Any, adapter: AdapterConfig, *, seed: int) -> frozenset[str]:
