@@ -52,6 +52,7 @@ setup(
         "jinja2",
         "mpi4py>=4",
         "numpy",
+        "peft>=0.21,<0.22",
         "psutil",
         "pyarrow",
         "pydantic>=2",

@@ -135,6 +135,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
                 which=options.checkpoint,
                 dtype=options.dtype,
                 coefficient=options.interpolate,
+                merge=options.merge,
             )
         case "generate":
             from sft_dist import generation
@@ -267,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A",
         help="pre-trained weights + A (tuned - pre-trained): 0 is the pre-trained model, 1 the tuned one (default 1)",
     )
+    export.add_argument("--merge", action="store_true", help="of adapters: write the whole model, them merged in")
     _checkpoint_option(export)
     generate = verbs.add_parser("generate", help="answer a prompt")
     generate.add_argument("--model", required=True, help="model folder, Hub id or run folder")

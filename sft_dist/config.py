@@ -90,6 +90,30 @@ class ModelConfig(Section):
     nothing of the optimizer is kept for them."""
 
 
+class AdapterConfig(Section):
+    kind: Literal["none", "lora", "dora"] = "none"
+    """What is trained: none: all parameters; lora: low-rank matrices beside the linear layers of a frozen model (Hu et
+    al. 2021); dora: those, and the norm of the weights of every output (Liu et al. 2024)."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update of each adapted matrix."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / rank."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that high ranks learn as fast (rsLoRA, Kalajdzievski 2023)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped while training."""
+    targets: tuple[str, ...] = ()
+    """Name patterns (fnmatch, such as "*.q_proj") of the linear layers to adapt; none: all in the decoder layers."""
+    quantise: Literal["none", "nf4"] = "none"
+    """Hold the frozen weights of linear layers in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _says_its_kind(self) -> "AdapterConfig":
+        if self.model_fields_set and "kind" not in self.model_fields_set:
+            raise ValueError("kind is missing; lora or dora (none trains all parameters of the model)")
+        return self
+
+
 RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
 
 
@@ -168,7 +192,8 @@ class BatchConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW. Adapters want about ten times that of full fine-tuning: with adapter.kind the
+    default is 1e-4."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -280,12 +305,16 @@ class WatchdogConfig(Section):
         return self
 
 
+_ADAPTER_LEARNING_RATE = 1e-4
+
+
 class RunConfig(Section):
     run_dir: str
     """Folder of this run: checkpoints, metrics, logs, outcome."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Order of the data, dropout and the start of new parameters follow from this and from nothing else."""
     model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
@@ -300,6 +329,23 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _learning_rate_of_adapters(cls, tree: Any) -> Any:
+        adapter, optimizer = (tree.get(name) or {} for name in ("adapter", "optimizer"))
+        if isinstance(adapter, dict) and isinstance(optimizer, dict) and adapter.get("kind", "none") != "none":
+            return tree | {"optimizer": {"learning_rate": _ADAPTER_LEARNING_RATE} | optimizer}
+        return tree
+
+    @model_validator(mode="after")
+    def _adapters_start_from_files(self) -> "RunConfig":
+        if self.adapter.kind != "none" and self.model.allow_new_parameters:
+            raise ValueError(
+                "model.allow_new_parameters: parameters that start at random would stay so: adapter.kind: "
+                f"{self.adapter.kind} trains nothing but adapters"
+            )
+        return self
+
     @model_validator(mode="after")
     def _betas_below_one(self) -> "RunConfig":
         if max(self.optimizer.betas) >= 1.0:
@@ -313,6 +359,16 @@ class RunConfig(Section):
                 f"anchor.decay times optimizer.learning_rate is the share of the way back to θ̂ that every step goes; "
                 f"it must be below 1, got {share:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_leave_the_rest(self) -> "RunConfig":
+        if self.adapter.kind != "none":
+            for key, value in (("anchor.decay", self.anchor.decay), ("model.freeze", self.model.freeze)):
+                if value:
+                    raise ValueError(
+                        f"{key}: the model is frozen already, but for its adapters (adapter.kind); leave it out"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -387,6 +443,15 @@ TRANSLATIONS = {
     "packing": "nothing: packing is always on",
     "neftune_noise_alpha": "objective.neftune_alpha",
     "label_smoothing_factor": "objective.label_smoothing",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "use_dora": "adapter.kind: dora",
+    "use_rslora": "adapter.rank_stabilised",
+    "load_in_4bit": "adapter.quantise: nf4",
     "mask_history": "objective.train_on: last_assistant",
     "dataset_exact_deduplication": "data.deduplicate",
     "datasets": "data.train",

@@ -16,7 +16,7 @@ from sft_dist.data.prepare import is_prepared
 from sft_dist.data.progress import duration
 from sft_dist.data.selection import Selection
 from sft_dist.errors import ConfigError, ExitCode
-from sft_dist.preparation import cost_model, training_set
+from sft_dist.preparation import training_cost, training_set
 
 if TYPE_CHECKING:
     from sft_dist.model.memory import Memory, Sizes
@@ -144,7 +144,7 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     """From config.json alone. Raises ConfigError for models that cannot be read or trained."""
     import torch
 
-    from sft_dist.model import fused_head, groups, loading, memory, sharding
+    from sft_dist.model import adapters, fused_head, groups, loading, memory, sharding
     from sft_dist.model.engine import resolve_deepspeed_config
     from sft_dist.model.layers import decoder_layers
 
@@ -155,6 +155,8 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     dtype = torch.bfloat16 if in_half else torch.float32
     causal_lm = memory.model_without_weights(model_config, dtype, trust_remote_code=config.model.trust_remote_code)
     groups.freeze(causal_lm, config.model.freeze)
+    with torch.device("meta"):
+        adapters.inject(causal_lm, config.adapter, seed=config.seed)
     sizes = memory.sizes_of(causal_lm)
     anchor_bytes = _anchor_bytes(config, dtype.itemsize, str(getattr(model_config, "dtype", "")))
     on_host = hardware.is_gpu and config.anchor.device == "host"
@@ -194,7 +196,7 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         needed,
         config.model.gradient_checkpointing,
         None if load is None else _floor(config, hardware, sizes, load, dtype.itemsize),
-        _on_disk(sizes, dtype.itemsize),
+        _STATE_BYTES * sizes.num_trained if config.adapter.kind != "none" else _on_disk(sizes, dtype.itemsize),
         anchor_bytes * sizes.num_trained // hardware.num_devices if on_host else 0,
     )
 
@@ -231,7 +233,7 @@ def _on_disk(sizes: "Sizes", element_bytes: int) -> int:
 
 def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None:
     """None where it cannot be told from the model's config.json what it costs."""
-    cost = cost_model(config.model, is_main=True) if data is None else data[1].cost_model
+    cost = training_cost(config, is_main=True) if data is None else data[1].cost_model
     if cost == BY_TOKENS:
         return None
     again = cost.with_recomputation("full" if config.model.gradient_checkpointing else "none")
@@ -277,15 +279,16 @@ def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None
 def _floor(config: RunConfig, hardware: Hardware, sizes: "Sizes", load: Load, element_bytes: int) -> Floor:
     """Compute and communication of a step, each at its peak rate; ranks wait for the one with the most packs.
 
-    Every forward gathers the weights, every backward gathers them again and reduces gradients: 3 Ψ elements, of which
-    a rank moves the share (R - 1) / R (Rajbhandari et al., "ZeRO", 2020, section 7); the frozen model of anchor.kl is
-    gathered once.
+    Every forward gathers the weights, every backward gathers them again and reduces the gradients of those that are
+    trained: 3 Ψ elements if all are, of which a rank moves the share (R - 1) / R (Rajbhandari et al., "ZeRO", 2020,
+    section 7); the frozen model of anchor.kl is gathered once.
     """
     ranks, packs = hardware.num_devices, config.batch.global_packs
     forwards = _forwards(config, ranks)
     idle = forwards * ranks * config.batch.packs_per_micro_batch / packs
     compute_s = load.hardware_flops * idle / (hardware.flops_per_s * ranks)
-    moved = forwards * (4 if config.anchor.kl else 3) * sizes.num_parameters * element_bytes * (ranks - 1) / ranks
+    elements = (3 if config.anchor.kl else 2) * sizes.num_parameters + sizes.num_trained
+    moved = forwards * elements * element_bytes * (ranks - 1) / ranks
     if not moved:
         return Floor(compute_s, 0.0)
     return Floor(compute_s, None if hardware.link_bytes_per_s is None else moved / hardware.link_bytes_per_s)
@@ -322,6 +325,11 @@ def _describe(config: RunConfig, result: Estimate, data: tuple[Selection, Plan] 
         f"model      {config.model.path}: {sizes.num_parameters:,} parameters, {sizes.num_layers} layers, "
         f"{sizes.num_parameters * result.element_bytes / GIB:,.2f} GiB at {result.element_bytes} bytes each"
     )
+    if sizes.num_trained < sizes.num_parameters:
+        yield (
+            f"adapters   {config.adapter.kind} of rank {config.adapter.rank}: {sizes.num_trained:,} parameters are "
+            f"trained ({sizes.num_trained / sizes.num_parameters:.2%})"
+        )
     if data is None:
         yield (
             "data       not prepared: numbers of samples, tokens and targets are unknown; full packs of single samples "

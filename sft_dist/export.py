@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_dist import __version__, faults
+from sft_dist import __version__, adapter_export, faults
 from sft_dist.config import ModelConfig, RunConfig
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError, ExitCode, StorageError, say
-from sft_dist.train import rundir
+from sft_dist.train import contract, rundir
 from sft_dist.train.checkpoint import Checkpoint, find
 
 _FILE_BYTES = 4 * 2**30
@@ -26,11 +26,14 @@ RECORD = "sft_dist.json"  # what the export is, for those who find it
 Values = Callable[[], Iterator[tuple[str, Any]]]  # (name, tensor) of every parameter, from the first one again
 
 
-def run(run_dir: Path, output: Path, *, which: str, dtype: str | None, coefficient: float = 1.0) -> ExitCode:
+def run(
+    run_dir: Path, output: Path, *, which: str, dtype: str | None, coefficient: float = 1.0, merge: bool = False
+) -> ExitCode:
     """Export a checkpoint of `run_dir` to the new folder `output`. Raises StorageError when verification fails.
 
     With a coefficient a below 1 its weights are θ̂ + a (θ̃ − θ̂), with θ̂ the pre-trained and θ̃ those of the checkpoint;
-    ConfigError where θ̂ is no longer what the run started from.
+    ConfigError where θ̂ is no longer what the run started from. Of a run with adapters these alone are written, or with
+    `merge` the model that they and their base are together.
     """
     from transformers.utils import logging
 
@@ -44,6 +47,15 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None, coefficie
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output: {output} exists and is not an empty folder")
     load_config(config.model, max_length=2)  # a base model that moved is told before anything is written
+    contract.check_base(config, checkpoint)
+    has_adapters = config.adapter.kind != "none"
+    if merge and not has_adapters:
+        raise ConfigError(f"--merge: {run_dir} has trained all weights: there are no adapters to merge; leave it out")
+    if has_adapters and coefficient != 1.0:
+        raise ConfigError(
+            f"--interpolate: {run_dir} has trained adapters: what they add is scaled by adapter.alpha; merge them with "
+            "--merge, which is coefficient 1"
+        )
     values = _values(config, checkpoint, coefficient)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +63,13 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None, coefficie
             written = Path(private) / output.name  # with the modes that a new folder has, which the private one has not
             written.mkdir()
             chosen = _write_companions(config.model, checkpoint, written, dtype)
-            num_bytes = _write_weights(checkpoint, values, written, chosen)
+            if has_adapters:
+                difference = adapter_export.write(config, checkpoint, written, chosen, merge=merge)
+            else:
+                _write_weights(checkpoint, values, written, chosen)
+                difference = _verify(config.model, checkpoint, values, written, chosen, coefficient)
             _write_record(config, checkpoint, coefficient, written)
-            difference = _verify(config.model, checkpoint, values, written, chosen, coefficient)
+            num_bytes = sum(file.stat().st_size for file in written.glob("*.safetensors"))
             if output.exists():
                 output.rmdir()
             faults.reach("export.before_rename", rank=0)
@@ -139,7 +155,7 @@ def _write_companions(model: ModelConfig, checkpoint: Checkpoint, folder: Path, 
     return chosen
 
 
-def _write_weights(checkpoint: Checkpoint, values: Values, folder: Path, dtype: str) -> int:
+def _write_weights(checkpoint: Checkpoint, values: Values, folder: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -161,7 +177,6 @@ def _write_weights(checkpoint: Checkpoint, values: Values, folder: Path, dtype: 
     if len(names) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return total
 
 
 def _assign_files(numel: dict[str, int], item_bytes: int) -> dict[str, str]:

@@ -4,14 +4,14 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from sft_dist.config import DataConfig, ModelConfig
+from sft_dist.config import AdapterConfig, DataConfig, ModelConfig
 from sft_dist.data.conversation import Conversation, Message, RecordError
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.rendering import encode_prompt
 from sft_dist.data.tokenizer import load_tokenizer, template_text
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.train import checkpoint as checkpoints
-from sft_dist.train import rundir
+from sft_dist.train import contract, rundir
 
 
 def run(model: str, *, prompt: str, system: str | None, checkpoint: str, max_new_tokens: int) -> ExitCode:
@@ -57,16 +57,18 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
     import torch
     from transformers.utils import logging
 
-    from sft_dist.model import attention, loading, zero
+    from sft_dist.model import adapters, attention, loading, zero
     from sft_dist.model.engine import compute_dtype, set_environment, stored_parameters
 
     logging.disable_progress_bar()
     set_environment()
     found = seed = None
+    adapter = AdapterConfig()
     if rundir.is_run_dir(model):
         saved = rundir.saved_config(Path(model))
-        config, data, seed = saved.model, saved.data, saved.seed
+        config, data, seed, adapter = saved.model, saved.data, saved.seed, saved.adapter
         found = checkpoints.find(Path(model), which)
+        contract.check_base(saved, found)
     else:
         config, data = ModelConfig(path=model), DataConfig(date=datetime.date.today())
     model_config = loading.load_config(config, max_length=2)
@@ -78,6 +80,7 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
         dtype=compute_dtype(config),
         max_length=2,
         seed=seed,
+        quantisation=adapters.quantisation(adapter, compute_dtype(config)),
     )
     tokenizer = load_tokenizer(config)
     template = template_text(tokenizer, None) if found is None else found.manifest["template"]
@@ -85,7 +88,8 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
         raise ConfigError(f"--model: {model}: its tokenizer has no chat template")
     stop_ids = [tokenizer.eos_token_id]
     if found is not None:
-        zero.assign(causal_lm, stored_parameters(found.folder))
+        base = adapters.inject(causal_lm, adapter, seed=seed or 0)
+        zero.assign(causal_lm, stored_parameters(found.folder), but=base)
         stop_ids += found.manifest["stop_ids"]
     known = causal_lm.generation_config.eos_token_id
     stop_ids += [] if known is None else [known] if isinstance(known, int) else list(known)

@@ -77,7 +77,7 @@ def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Pl
     sources = config.data.train
     selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
     _refuse_overflow(selection, config)
-    cost = cost_model(config.model, is_main=share.rank == 0)
+    cost = training_cost(config, is_main=share.rank == 0)
     try:
         plan = _plan(selection, config, config.schedule.epochs, cost)
     except ValueError as error:
@@ -148,6 +148,12 @@ def _check_retained(selection: Selection, config: RunConfig) -> None:
                 f"data.retention: {name} ({source.path}): holds no answer and no text that can be scored within "
                 f"data.max_length ({config.data.max_length:,}); take it out, or name another file"
             )
+
+
+def training_cost(config: RunConfig, *, is_main: bool) -> CostModel:
+    """As `cost_model`, of what this run trains."""
+    cost = cost_model(config.model, is_main=is_main)
+    return cost if config.adapter.kind == "none" or cost == BY_TOKENS else cost.frozen()
 
 
 def cost_model(model: ModelConfig, *, is_main: bool) -> CostModel:

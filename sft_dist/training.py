@@ -149,7 +149,8 @@ def _with_group(
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
     lost = None if resumed is None else contract.start_lost(resumed.manifest, facts)
-    measures = config.anchor.drift != "never" and lost is None
+    # Adapters are no part of θ̂, and nothing else moves.
+    measures = config.anchor.drift != "never" and lost is None and config.adapter.kind == "none"
     # No checkpoint holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
     needs_start = resumed is None or measures or config.anchor.decay > 0 or config.anchor.kl > 0
     initial = initial_weights(config, say_once) if needs_start else None
@@ -253,7 +254,7 @@ def _resumed_from(config: RunConfig, world: World, say_once: Callable[[str], Non
 def initial_weights(config: RunConfig, say_progress: Callable[[str], None] = say) -> Path | None:
     """The checkpoint that model.init_from names, as rank 0 finds it. A collective.
 
-    Raises ConfigError where its tokens are not this run's.
+    Raises ConfigError where its tokens or its adapters are not this run's.
     """
     from sft_dist.distributed import collectives
 
@@ -261,18 +262,12 @@ def initial_weights(config: RunConfig, say_progress: Callable[[str], None] = say
 
 
 def _initial_weights(config: RunConfig, say_progress: Callable[[str], None]) -> Path | None:
-    from sft_dist.train import checkpoint
+    from sft_dist.train import checkpoint, contract
 
     if config.model.init_from is None:
         return None
     found = checkpoint.find(Path(config.model.init_from), "last", say_progress)
-    before = tuple(found.manifest["config"].get("model.control_tokens") or ())
-    if before != config.model.control_tokens:
-        raise ConfigError(
-            f"model.init_from: {config.model.init_from} was trained with model.control_tokens: {list(before)}, this "
-            f"run file has {list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use "
-            "the same, or export that run and make the export this run's model.path"
-        )
+    contract.check_initial(config, found)
     return found.folder
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from sft_dist.config import TRANSLATIONS, explain, load_config
+from sft_dist.config import TRANSLATIONS, RunConfig, explain, load_config, to_json
 from sft_dist.errors import ConfigError
 
 MINIMAL = "run_dir: runs/x\nmodel: {path: some/model}\n"
@@ -175,4 +175,34 @@ def test_overrides_are_read_as_the_file_is(tmp_path: Path, override: str, told: 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
 def test_an_empty_run_file_is_called_empty(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml: is empty"):
+        load_config(write(tmp_path, text))
+
+
+def test_adapters_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+    rates = [
+        load_config(write(tmp_path, MINIMAL + text)).optimizer.learning_rate
+        for text in ("", "adapter: {kind: lora}\n", "adapter: {kind: dora}\noptimizer: {learning_rate: 3e-6}\n")
+    ]
+    assert rates == [1e-5, 1e-4, 3e-6]
+    resolved = to_json(load_config(write(tmp_path, MINIMAL + "adapter: {kind: lora}\noptimizer: {eps: 1.0}\n")))
+    assert RunConfig.model_validate_json(resolved).optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("adapter: {rank: 8}\n", "kind is missing; lora or dora"),
+        ("adapter: {kind: lora, lora_alpha: 8}\n", "here that is adapter.alpha"),
+        ("adapter: {kind: lora, rank: 0}\n", "adapter.rank"),
+        ("adapter: {kind: lora, dropout: 1.0}\n", "adapter.dropout"),
+    ],
+)
+def test_mistakes_in_the_adapter_section_are_named(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(write(tmp_path, MINIMAL + text))
+
+
+def test_new_parameters_and_adapters_exclude_each_other(tmp_path: Path) -> None:
+    text = "run_dir: x\nmodel: {path: m, allow_new_parameters: ['*']}\nadapter: {kind: lora}\n"
+    with pytest.raises(ConfigError, match="allow_new_parameters: parameters that start at random would stay so"):
         load_config(write(tmp_path, text))

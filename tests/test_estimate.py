@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sft_dist import estimate
-from sft_dist.config import RunConfig, load_config
+from sft_dist.config import AdapterConfig, RunConfig, load_config
 from sft_dist.data.prepare import is_prepared
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.estimate import GIB, Hardware
@@ -131,6 +131,28 @@ def test_frozen_weights_have_no_states_and_every_copy_of_the_start_is_counted(la
     assert more["head"] > 0 and not any(more[name] for name in ("weights", "master weights", "gradients"))
     assert plain.floor is not None and compared.floor is not None
     assert compared.floor.compute_s == pytest.approx(plain.floor.compute_s * 10 / 8, rel=0.03)
+
+
+def test_adapters_need_states_for_themselves_alone(large: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """16 (n + m) for every matrix [n, m] of the layers, written out; the base takes its 2 bytes and nothing else."""
+    config = large.model_copy(update={"adapter": AdapterConfig(kind="lora", rank=16)})
+    square, grouped, mlp = 2 * (4_096 + 4_096), 2 * (4_096 + 1_024), 3 * (4_096 + 14_336)
+    num_trained = 32 * 16 * (square + grouped + mlp)
+    found, full = (estimate.estimate(one, EIGHT, None) for one in (config, large))
+    assert found.sizes.num_trained == num_trained
+    assert found.sizes.num_parameters == LLAMA_8B_PARAMETERS + num_trained
+    assert found.memory is not None and full.memory is not None
+    parts = found.memory.parts
+    assert parts["weights"] == pytest.approx(2 * (LLAMA_8B_PARAMETERS + num_trained) / 8, rel=1e-6)
+    states = [parts[name] for name in ("master weights", "Adam moments", "gradients")]
+    assert sum(states) == pytest.approx(16 * num_trained / 8, rel=1e-6)
+    assert parts["gradients of the step, whole"] <= 4 * num_trained
+    assert found.memory.total(recomputes_layers=True) < full.memory.total(recomputes_layers=True) / 2
+    assert found.checkpoint_bytes == 12 * num_trained
+    assert found.floor is not None and full.floor is not None and found.floor.communication_s is not None
+    moved = 2 * (2 * (LLAMA_8B_PARAMETERS + num_trained) + num_trained) * 2
+    assert found.floor.communication_s == pytest.approx(moved * 7 / 8 / 350e9)
+    assert f"lora of rank 16: {num_trained:,} parameters are trained" in printed(capsys, config, num_gpus=8)
 
 
 @pytest.mark.parametrize(("recomputes", "factors"), [(True, (8, 9)), (False, (6, 7))])

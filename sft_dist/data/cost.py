@@ -63,6 +63,7 @@ class CostModel:
     head_per_target: float = 0.0
     windowed_per_pair: float = 0.0  # of all layers with one
     window: int | None = None
+    is_frozen: bool = False  # whether gradients of the weights are left out of the backward
 
     @classmethod
     def of_layers(cls, layers: Sequence[DecoderLayer], *, vocab_size: int) -> "CostModel":
@@ -104,17 +105,30 @@ class CostModel:
         attention = (self.attention_per_pair + self.windowed_per_pair) * sequence_length
         return (self.linear_per_token + self.head_per_target + attention) * num_tokens
 
+    def frozen(self) -> "CostModel":
+        """The same model, its weights not trained: 4 for 6 of every product with a weight, attention as it is.
+
+        What adapters beside the weights cost is left out, as little as it is.
+        """
+        return replace(
+            self,
+            linear_per_token=self.linear_per_token * 4 / 6,
+            head_per_target=self.head_per_target * 4 / 6,
+            is_frozen=True,
+        )
+
     def with_recomputation(self, recomputation: Recomputation) -> "CostModel":
         """FLOPs that the hardware runs, with a fused attention kernel: model FLOPs and what is computed again.
 
         The backward of such a kernel computes the scores anew, 5 products for the 2 of its forward: 7 for 6 without any
-        recomputation of layers. Layers that are run again add a forward: 8 for 6 of the linear part, and 9 for 6
-        of attention unless its result was kept. The head is not run again.
+        recomputation of layers. Layers that are run again add a forward: 8 for 6 of the linear part (6 for 4 of
+        frozen weights), and 9 for 6 of attention unless its result was kept. The head is not run again.
         """
-        linear, attention = {"none": (6, 7), "all_but_attention": (8, 7), "full": (8, 9)}[recomputation]
+        again, attention = {"none": (0, 7), "all_but_attention": (2, 7), "full": (2, 9)}[recomputation]
+        products = 4 if self.is_frozen else 6
         return replace(
             self,
-            linear_per_token=self.linear_per_token * linear / 6,
+            linear_per_token=self.linear_per_token * (products + again) / products,
             attention_per_pair=self.attention_per_pair * attention / 6,
             windowed_per_pair=self.windowed_per_pair * attention / 6,
         )

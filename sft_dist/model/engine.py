@@ -21,11 +21,21 @@ import torch
 from torch import Tensor, nn
 
 import sft_dist
-from sft_dist.config import ModelConfig, RunConfig
+from sft_dist.config import AdapterConfig, ModelConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
-from sft_dist.model import anchor, attention, groups, interpolation, loading, resharding, sharding, zero
+from sft_dist.model import (
+    adapters,
+    anchor,
+    attention,
+    groups,
+    interpolation,
+    loading,
+    resharding,
+    sharding,
+    zero,
+)
 from sft_dist.model.batch import Batch
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
@@ -128,6 +138,7 @@ class Engine:
     `reduce_once`: the micro-batches of a step add up their gradients on each rank, and the last one reduces the sum.
     `reference`: DeepSpeed's engine of the frozen θ̂, for losses that compare with it.
     `settings`: what was derived from the model and the memory at hand, for the record.
+    `base`: names of frozen parameters that checkpoints leave out, since they are those of model.path.
     """
 
     def __init__(
@@ -138,7 +149,9 @@ class Engine:
         reduce_once: bool = False,
         settings: dict[str, Any] | None = None,
         reference: Any = None,
+        base: frozenset[str] = frozenset(),
     ) -> None:
+        self._base = base
         self.settings = settings or {}
         self._engine = engine
         self._world = world
@@ -316,7 +329,9 @@ class Engine:
         writer = self._engine.checkpoint_engine
         writer.save, writer.makedirs = keep, lambda path, exist_ok=False: None
         self._engine._copy_recovery_script = lambda save_path: None  # its converters: export does that work here
-        self._engine.save_checkpoint("unused", tag=_SHARDS, save_latest=False)
+        self._engine.save_checkpoint(
+            "unused", tag=_SHARDS, save_latest=False, exclude_frozen_parameters=bool(self._base)
+        )
         return Snapshot(files)
 
     def checkpoint_bytes(self) -> int:
@@ -339,7 +354,7 @@ class Engine:
 
         Raises ConfigError where its parameters or their groups are not this model's.
         """
-        resharding.load(self._engine, folder / _SHARDS, rank=self._world.rank)
+        resharding.load(self._engine, folder / _SHARDS, rank=self._world.rank, but=self._base)
 
 
 def stored_parameters(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
@@ -400,7 +415,8 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
     reference = _frozen_engine(config, world, initial, may_persist=False)[0] if config.anchor.kl else None
-    result = Engine(engine, world, reduce_once=reduce_once, settings=settings, reference=reference)
+    base = frozenset() if config.adapter.kind == "none" else adapters.frozen_names(model)
+    result = Engine(engine, world, reduce_once=reduce_once, settings=settings, reference=reference, base=base)
     if config.anchor.decay:
         result.decay_to_start(config)
     return result
@@ -424,6 +440,8 @@ def _frozen_engine(
 
     tree = resolve_deepspeed_config(config)
     seed = None if weights is None else config.seed
+    if weights is None:
+        config = config.model_copy(update={"adapter": AdapterConfig()})  # one that nothing has trained changes nothing
     model, layers = _sharded_model(config, world, tree, weights, seed=seed, coefficient=coefficient)
     model.requires_grad_(False)
     if config.model.compile:
@@ -468,6 +486,8 @@ def _sharded_model(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     added = loading.new_tokens(config.model)
+    if config.adapter.kind != "none":
+        adapters.check_tokens(added)
     announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
     model = loading.load_causal_lm(
@@ -477,7 +497,13 @@ def _sharded_model(
         dtype=compute_dtype(config.model),
         max_length=config.data.max_length,
         seed=seed,
+        quantisation=adapters.quantisation(config.adapter, compute_dtype(config.model)),
     )
+    base = adapters.inject(model, config.adapter, seed=config.seed)
+    if config.adapter.quantise != "none":
+        deepspeed.zero.Init(module=model, config_dict_or_path=tree)  # transformers leaves quantised weights whole
+    if base and world.is_main:
+        say(adapters.describe(model, config.adapter))
     if added is not None and weights is None and world.is_main:
         say(added.describe(model_config))
     chosen = attention.choose_attention(
@@ -497,7 +523,8 @@ def _sharded_model(
         say(f"model.path: no decoder layers found in {type(model).__name__}: every module of it is gathered by itself")
     wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
     if weights is not None:
-        zero.assign(model, stored_parameters(weights), partial(interpolation.between, coefficient=coefficient))
+        between = partial(interpolation.between, coefficient=coefficient)
+        zero.assign(model, stored_parameters(weights), between, but=base)
     return wrapped, layers
 
 

@@ -130,13 +130,21 @@ def check_ids(model_config: Any, largest_id: int) -> None:
 
 
 def load_causal_lm(
-    model: ModelConfig, config: Any, *, added: NewTokens | None, dtype: torch.dtype, max_length: int, seed: int | None
+    model: ModelConfig,
+    config: Any,
+    *,
+    added: NewTokens | None,
+    dtype: torch.dtype,
+    max_length: int,
+    seed: int | None,
+    quantisation: Any = None,
 ) -> Any:
     """A causal language model with its pre-trained weights, in `dtype`, and rows for the tokens that are `added`.
 
     Sharded by ZeRO-3 when model/engine.py has announced it. Raises ConfigError for parameters that the files do not
     hold, unless their names match model.allow_new_parameters: those start from `seed`, the same for every rank and
     number of ranks. Without a seed they are refused as well: no training and no checkpoint would give them values.
+    `quantisation`: of adapters.quantisation.
     """
     from transformers import AutoModelForCausalLM
 
@@ -155,6 +163,7 @@ def load_causal_lm(
             output_loading_info=True,
             trust_remote_code=model.trust_remote_code,
             use_safetensors=None if model.trust_remote_code else True,
+            **({} if quantisation is None else {"quantization_config": quantisation}),
         )
     except Exception as error:
         raise ConfigError(f"model.path: {model.path}: the weights cannot be loaded: {_why(error)}") from error

@@ -4,7 +4,7 @@ In: a model on the meta device (shapes without values), the DeepSpeed settings, 
 What a forward keeps for its backward is not a formula but what autograd saves, counted on the meta device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,11 @@ class Sizes:
     """Numbers of a model that its memory follows from; parameters are counted in elements."""
 
     num_parameters: int  # tied ones once
-    num_trained: int
+    num_trained: int  # all but frozen ones
     largest_layer: int
+    largest_gradient: int  # of a layer or the head
     head: int  # V h
+    trains_head: bool
     hidden_size: int
     num_layers: int
 
@@ -77,11 +79,17 @@ def model_without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code:
 def sizes_of(causal_lm: Any) -> Sizes:
     layers = decoder_layers(causal_lm)
     head = causal_lm.get_output_embeddings().weight
+
+    def trained(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+
     return Sizes(
         num_parameters=sum(parameter.numel() for parameter in causal_lm.parameters()),
-        num_trained=sum(parameter.numel() for parameter in causal_lm.parameters() if parameter.requires_grad),
+        num_trained=trained(causal_lm.parameters()),
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
+        largest_gradient=max([trained([head]), *(trained(layer.parameters()) for layer in layers)]),
         head=head.numel(),
+        trains_head=head.requires_grad,
         hidden_size=head.shape[1],
         num_layers=len(layers),
     )
@@ -155,7 +163,6 @@ def memory_of(
     own, trained = (-(-number // num_ranks) for number in (sizes.num_parameters, sizes.num_trained))
     bucket = zero["reduce_bucket_size"]
     live = min(zero["stage3_max_live_parameters"], sizes.num_parameters)
-    largest_gather = max(sizes.largest_layer, sizes.head)
     rows, width = min(chunk_rows, num_targets), sizes.head // sizes.hidden_size
     if compares:
         rows, width = -(-rows // 2), 3 * width  # a chunk of half the rows has three tensors of logits
@@ -170,14 +177,14 @@ def memory_of(
         "prefetched weights": 0
         if num_ranks == 1 or live == sizes.num_parameters
         else element_bytes * min(zero["stage3_prefetch_bucket_size"], sizes.num_parameters),
-        "gradients of a layer or the head": element_bytes * largest_gather,
+        "gradients of a layer or the head": element_bytes * sizes.largest_gradient,
         "gradients of the step, whole": 4 * sizes.num_trained if reduces_once else 0,
-        "reduction bucket": element_bytes * (bucket if reserves_buckets else min(bucket, sizes.num_parameters)),
+        "reduction bucket": element_bytes * (bucket if reserves_buckets else min(bucket, sizes.num_trained)),
         # Of one chunk the float32 logits, which become their own gradient, and that in the weights' precision; of all
         # targets the hidden states and their gradient; the head's gradient in float32 until the backward pass.
         "head": rows * (4 * width + element_bytes * sizes.head // sizes.hidden_size)
         + 2 * element_bytes * num_targets * sizes.hidden_size
-        + 4 * sizes.head,
+        + 4 * sizes.head * sizes.trains_head,
     }
     if anchor_bytes and not compares:
         parts["copy of θ̂"] = anchor_bytes * trained

@@ -8,7 +8,7 @@ without a whole parameter in memory. Frozen parameters lie in the model files, c
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -169,16 +169,17 @@ def stored_numel(folder: Path) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in Shards(folder).all_shapes.items()}
 
 
-def load(engine: Any, folder: Path, *, rank: int) -> None:
+def load(engine: Any, folder: Path, *, rank: int, but: Set[str] = frozenset()) -> None:
     """Give DeepSpeed's `engine` the state in `folder`: weights, moments, steps, buffers, counters.
 
     It may have trained; gradients it has not stepped with are to be cleared before. Hyper-parameters of the groups stay
-    those of the run file. Raises ConfigError where the model or its parameter groups are others, StorageError where the
-    files do not fit together. A collective where parameters are persistent.
+    those of the run file; frozen parameters of the names `but` keep their values where the checkpoint has none. Raises
+    ConfigError where the model or its parameter groups are others, StorageError where the files do not fit together. A
+    collective where parameters are persistent.
     """
     shards = Shards(folder)
     optimizer = engine.optimizer
-    _check_names(shards, engine)
+    _check_names(shards, engine, but)
     step = shards.adam_step
     optimizer.checkpoint_event_prologue()  # no parameter is gathered while its shard changes
     states = {}
@@ -222,12 +223,12 @@ def _load_states(optimizer: Any, states: dict[int, dict[str, Tensor]]) -> None:
     optimizer._clear_fp32_optimizer_param_groups()
 
 
-def _check_names(shards: Shards, engine: Any) -> None:
+def _check_names(shards: Shards, engine: Any, but: Set[str]) -> None:
     own = {name: tuple(p.ds_shape) for name, p in engine.module.named_parameters()}
     trained = {engine.param_names[p] for group in engine.optimizer.fp16_groups for p in group}
     stored = shards.all_shapes
     faults = [f"{name}: in the checkpoint, not in the model" for name in stored.keys() - own.keys()]
-    faults += [f"{name}: in the model, not in the checkpoint" for name in own.keys() - stored.keys()]
+    faults += [f"{name}: in the model, not in the checkpoint" for name in own.keys() - stored.keys() - but]
     for name in own.keys() & stored.keys():
         if own[name] != stored[name]:
             faults.append(f"{name}: shape {stored[name]} in the checkpoint, {own[name]} in the model")

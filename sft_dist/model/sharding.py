@@ -25,6 +25,7 @@ class Shapes:
 
     layers: tuple[int, ...]  # of each decoder layer
     total: int
+    trained: int  # all but frozen ones
     largest: int  # of the largest parameter
     largest_vector: int  # of the largest norm or bias, 0 where there is none
 
@@ -50,17 +51,19 @@ def shapes_of(causal_lm: nn.Module, layers: Sequence[nn.Module]) -> Shapes:
     return Shapes(
         tuple(sum(map(zero.numel, layer.parameters())) for layer in layers),
         total=sum(map(zero.numel, parameters)),
+        trained=sum(zero.numel(parameter) for parameter in parameters if parameter.requires_grad),
         largest=max(map(zero.numel, parameters)),
         largest_vector=max((zero.numel(p) for p in parameters if zero.is_vector(p)), default=0),
     )
 
 
-def state_bytes(total: int, *, world_size: int, element_bytes: int) -> int:
-    """Bytes of a rank's shards in training: weights, gradients accumulated in float32, AdamW in float32.
+def state_bytes(shapes: Shapes, *, world_size: int, element_bytes: int) -> int:
+    """Bytes of a rank's shards in training: weights; of trained ones float32 gradients, and AdamW in float32.
 
     Rajbhandari et al., "ZeRO", 2020, sections 3.1 and 5.3, with float32 gradients.
     """
-    return -(-total * (element_bytes + _FP32_BYTES + _OPTIMIZER_BYTES) // world_size)
+    states = shapes.trained * (_FP32_BYTES + _OPTIMIZER_BYTES)
+    return -(-(shapes.total * element_bytes + states) // world_size)
 
 
 def memory_budget(device_bytes: int, shard_bytes: int) -> int:
@@ -91,7 +94,7 @@ def training_settings(
         ("stage3_max_reuse_distance", kept, held),
         (
             "reduce_bucket_size",
-            min(max(layer, _MIN_REDUCED), shapes.total),
+            min(max(layer, _MIN_REDUCED), shapes.trained),
             "the gradient of one decoder layer, or of several small ones",
         ),
         (
@@ -121,7 +124,7 @@ def decide(
 
     `device_bytes`: memory of one rank's device; `num_micro_batches`: of one rank in one step.
     """
-    shards = state_bytes(shapes.total, world_size=world_size, element_bytes=element_bytes)
+    shards = state_bytes(shapes, world_size=world_size, element_bytes=element_bytes)
     budget = memory_budget(device_bytes, shards)
     settings = training_settings(shapes, world_size=world_size, element_bytes=element_bytes, memory_budget_bytes=budget)
     once = reduces_once(
@@ -153,7 +156,7 @@ def reduces_once(
     """Whether the gradient of a step is reduced once: where there is more than one, and it fits if asked to look."""
     if num_micro_batches < 2 or wanted != "auto":
         return num_micro_batches > 1 and wanted is True
-    return settings.kept_bytes + _FP32_BYTES * shapes.total <= memory_budget_bytes
+    return settings.kept_bytes + _FP32_BYTES * shapes.trained <= memory_budget_bytes
 
 
 def in_short(layers: Sequence[nn.Module], used: dict[str, int], settings: Settings, reduce_once: bool) -> str:

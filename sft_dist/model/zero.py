@@ -4,7 +4,7 @@ With model/engine.py the only module that imports DeepSpeed; what lies in shard 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,17 @@ def safe_load(path: str | Path) -> dict[str, Any]:
 
 
 def assign(
-    model: nn.Module, values: Iterator[tuple[str, Tensor]], combine: Callable[[Tensor, Tensor], Tensor] | None = None
+    model: nn.Module,
+    values: Iterator[tuple[str, Tensor]],
+    combine: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    but: Set[str] = frozenset(),
 ) -> None:
     """Write whole values into a model's parameters, sharded or not; every rank copies only its own part.
 
     With `combine`, what is written is that of the part as it is and the part of the value, both flat. Raises
-    StorageError unless names and shapes are exactly those of the model.
+    StorageError unless names and shapes are exactly those of the model; the names `but` may have no value, and keep
+    theirs.
     """
     parameters = dict(model.named_parameters())
     seen = set()
@@ -53,7 +58,7 @@ def assign(
         with torch.no_grad():
             _write(parameter, value, combine or (lambda old, new: new))
         seen.add(name)
-    if missing := sorted(set(parameters) - seen):
+    if missing := sorted(set(parameters) - seen - but):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
 
 
@@ -106,6 +111,15 @@ def with_rows(old: Tensor, num_rows: int, *, new: Sequence[int], mean_of: Sequen
     value[: len(old)] = old
     value[[*new, *range(len(old), num_rows)]] = (total / len(chosen)).to(value)
     return value
+
+
+def shard_new(model: nn.Module) -> None:
+    """Shard the parameters that came to a sharded model after it was loaded. A collective under ZeRO-3."""
+    parameters = list(model.parameters())
+    sharded: Any = next((parameter for parameter in parameters if hasattr(parameter, "ds_tensor")), None)
+    if sharded is not None:
+        new = [parameter for parameter in parameters if not hasattr(parameter, "ds_tensor")]
+        sharded.convert_to_zero_parameters(new)  # as DeepSpeed itself does with parameters that come late
 
 
 def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:

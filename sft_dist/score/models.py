@@ -14,7 +14,7 @@ from sft_dist.errors import ConfigError, UsageError, say
 from sft_dist.model import engine as engines
 from sft_dist.model import loading
 from sft_dist.train import checkpoint as checkpoints
-from sft_dist.train import rundir
+from sft_dist.train import contract, rundir
 from sft_dist.train.checkpoint import Checkpoint
 
 # Of a model folder: what the function depends on, besides the tokenizer.
@@ -61,8 +61,9 @@ def _scorer(config: RunConfig, name: str, which: str) -> Scorer:
     if not rundir.is_run_dir(name):
         section = config.model.model_copy(update={"path": name})
         return Scorer(name, config.model_copy(update={"model": section}), None)
-    section = rundir.saved_config(Path(name)).model
-    return Scorer(name, config.model_copy(update={"model": section}), checkpoints.find(Path(name), which))
+    saved, found = rundir.saved_config(Path(name)), checkpoints.find(Path(name), which)
+    contract.check_base(saved, found)
+    return Scorer(name, config.model_copy(update={"model": saved.model, "adapter": saved.adapter}), found)
 
 
 def of_main(scorers: Sequence[Scorer]) -> list[Scorer]:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from sft_dist import __version__
-from sft_dist.config import RunConfig, flatten, may_change
+from sft_dist.config import AdapterConfig, RunConfig, flatten, may_change
 from sft_dist.data.plan import Plan
 from sft_dist.data.store import PreparedDataset
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError
 from sft_dist.model.engine import compute_dtype, states_dtype
-from sft_dist.model.loading import weights_fingerprint
+from sft_dist.model.loading import load_config, weights_fingerprint
 from sft_dist.train.checkpoint import MANIFEST, Checkpoint, step_folders
 
 # Of the model's configuration, what describes the file and not the function.
@@ -65,7 +65,8 @@ def facts(
         "initial": _initial(config.model.init_from),
         "trust_remote_code": config.model.trust_remote_code,
         "versions": {"sft_dist": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in _PACKAGES},
+        | {package: version(package) for package in _PACKAGES}
+        | ({} if config.adapter.kind == "none" else {"peft": version("peft")}),
     }
     as_json: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return as_json
@@ -92,6 +93,44 @@ def check(
     return notes(before, now, world_size=world_size)
 
 
+def check_base(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where model.path has other weights than those that a checkpoint's adapters stand beside.
+
+    Checkpoints of adapters hold nothing else; all others hold every weight, and fit.
+    """
+    if config.adapter.kind == "none":
+        return
+    before = checkpoint.manifest["weights"]
+    now = weights_fingerprint(config.model.path, load_config(config.model, max_length=2))
+    if before != now:
+        raise ConfigError(f"{checkpoint.folder}: {_other_base(before, now)} ({config.model.path}); restore them")
+
+
+def check_initial(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where a checkpoint cannot give this run its initial weights."""
+    before, source = checkpoint.manifest["config"], config.model.init_from
+    tokens = tuple(before.get("model.control_tokens") or ())
+    if tokens != config.model.control_tokens:
+        raise ConfigError(
+            f"model.init_from: {source} was trained with model.control_tokens: {list(tokens)}, this run file has "
+            f"{list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use the same, or "
+            "export that run and make the export this run's model.path"
+        )
+    for key, now in flatten({"adapter": config.adapter.model_dump(mode="json")}).items():
+        old = before.get(key, AdapterConfig.model_fields[key.removeprefix("adapter.")].default)
+        if key != "adapter.dropout" and json.loads(json.dumps(old)) != now:
+            raise ConfigError(
+                f"model.init_from: {source} was trained with {key}: {old}, this run file has {now}: its weights are "
+                "those of another network; use the same, or export that run (with --merge, if it has adapters) and "
+                "make the export this run's model.path"
+            )
+    check_base(config, checkpoint)
+
+
+def _other_base(before: str, now: str) -> str:
+    return f"model.path: other weights than the adapters were trained beside ({before} in the checkpoint, {now} now)"
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     """Everything that would change the samples or the numbers of the steps to come."""
     old, new = before["config"], now["config"]
@@ -110,6 +149,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     needed_by = [key for key in ("anchor.decay", "anchor.kl") if new[key]]
     if lost is not None and needed_by:
         found.append((lost[0], f"{lost[1]}, and {needed_by[0]} needs the weights that training started from"))
+    if new["adapter.kind"] != "none" and before["weights"] != now["weights"]:
+        found.append(("model.path", _other_base(before["weights"], now["weights"])))
     rendering = _of_tokenizer(before["tokenizer"], now["tokenizer"]) + _of_template(before["template"], now["template"])
     is_explained = bool(rendering) or any(key in _RENDERING for key, _ in found)
     found += _of_model(before, now) + rendering + _of_data(before, now, is_explained=is_explained)
@@ -145,7 +186,7 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any], *, world_size: int)
     if minor:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in minor.items())
         found.append(f"note: other versions than in the checkpoint ({listed}): results may differ in rounding")
-    if before["weights"] != now["weights"]:
+    if now["config"]["adapter.kind"] == "none" and before["weights"] != now["weights"]:
         found.append(
             "note: model.path holds other weights than this run started from; they are not used: all weights, frozen "
             "ones too, come from the checkpoint"

@@ -43,6 +43,15 @@ def test_hardware_flops_of_full_recomputation_are_a_third_more_of_the_linear_par
     assert cost.with_recomputation("full") == CostModel(8.0, 18.0, 18.0, 36.0, 3)
 
 
+def test_frozen_weights_leave_out_one_product_of_three() -> None:
+    """Forward and gradient of the inputs, 2 each; run again, 2 more. Attention has no weights."""
+    cost = CostModel(6.0, 12.0, 18.0, windowed_per_pair=24.0, window=3).frozen()
+    assert (cost.linear_per_token, cost.head_per_target) == (4.0, 12.0)
+    assert (cost.attention_per_pair, cost.windowed_per_pair) == (12.0, 24.0)
+    assert [cost.with_recomputation(way).linear_per_token for way in ("none", "full")] == [4.0, 6.0]
+    assert cost.with_recomputation("full").attention_per_pair == 18.0
+
+
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), min_size=1, max_size=9))
 def test_flops_of_a_pack_are_the_sum_over_its_samples(samples: list[tuple[int, int]]) -> None:
     cost = CostModel(5.0, 3.0, 7.0, windowed_per_pair=2.0, window=16)

@@ -10,6 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 from sft_dist.config import (
+    AdapterConfig,
     AnchorConfig,
     BatchConfig,
     DataConfig,
@@ -45,7 +46,9 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             dtype=case.get("dtype", "float32"),
             freeze=case.get("freeze", ()),
             control_tokens=case.get("control_tokens", ()),
+            compile=case.get("compile", False),
         ),
+        adapter=AdapterConfig(**case.get("adapter", {})),
         data=DataConfig(
             train=({"path": case["data"]},),
             max_length=384,

@@ -48,6 +48,18 @@ def test_flops_are_those_that_torch_counts(num_heads: int) -> None:
     assert counter.get_total_flops() == cost.linear_per_token * length + square + cost.head_per_target * length
 
 
+def test_flops_of_frozen_weights_are_those_that_torch_counts() -> None:
+    """As above, without the gradients of weights; those of a layer's inputs are there in every layer."""
+    config = LlamaConfig(**SIZES)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(False)
+    length = 24
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=torch.randn(1, length, 32, requires_grad=True)).logits.sum().backward()
+    cost = cost_of_model(config.to_dict()).frozen()
+    square = cost.attention_per_pair * length * length
+    assert counter.get_total_flops() == cost.linear_per_token * length + square + cost.head_per_target * length
+
+
 CONFIGS = [
     LlamaConfig(**SIZES),
     Qwen3Config(**SIZES, head_dim=16),

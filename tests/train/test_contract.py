@@ -240,6 +240,23 @@ def test_other_base_weights_are_said_since_they_are_not_read_again(place: Place)
     assert contract.check(before, now, world_size=2, allow_changed=("model.path",)) == [used, drift]
 
 
+def test_other_base_weights_are_refused_where_the_checkpoint_holds_adapters_alone(place: Place) -> None:
+    config = place.config(**{"adapter.kind": "lora"})
+    before = place.facts(config)
+    weights = safetensors.torch.load_file(place.folder / "model" / "model.safetensors")
+    changed = {name: value + 1 for name, value in weights.items()}
+    safetensors.torch.save_file(changed, place.folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    written = Checkpoint(Path("step-00000004"), before | {"world_size": 2})
+    now = place.facts(config)
+    with pytest.raises(ConfigError, match=r"model.path: other weights than the adapters were trained beside"):
+        contract.check(written, now, world_size=2, allow_changed=())
+    with pytest.raises(ConfigError, match=r"model.path: other weights than the adapters were trained beside"):
+        contract.check_base(config, written)
+    notes = contract.check(written, now, world_size=2, allow_changed=("model.path",))
+    assert not any("come from the checkpoint" in note for note in notes)
+    contract.check_base(place.config(), place.written())
+
+
 def test_another_number_of_ranks_is_said(original: Place) -> None:  # 57
     (note,) = contract.check(original.written(), original.before, world_size=3, allow_changed=())
     assert "written by 2 ranks, going on with 3" in note
@@ -275,7 +292,7 @@ def test_what_may_change_is_listed_and_everything_else_is_fixed() -> None:
     for key in ("logging.tensorboard", "checkpoint.every", "model.attention", "batch.reduce_once", "data.heldout"):
         assert key in free
     fixed = {key.partition(".")[0] for key, _, _ in explain() if key not in free}
-    assert fixed == {"seed", "model", "data", "objective", "batch", "optimizer", "anchor", "schedule"}
+    assert fixed == {"seed", "model", "data", "objective", "batch", "optimizer", "anchor", "schedule", "adapter"}
     assert not any(key.startswith(("objective.", "optimizer.", "schedule.")) for key in free)
 
 
