@@ -77,21 +77,21 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
         case "inspect":
             from sft_dist import inspection
 
-            return inspection.run(_config(options), conversation_id=options.id, num=options.num)
+            return inspection.run(_language_model(options), conversation_id=options.id, num=options.num)
         case "train":
             config = _config(options)
             from sft_dist import training
 
             return training.run(config, os.environ, with_profile=options.profile)
         case "estimate":
-            config = _config(options)
+            config = _language_model(options)
             from sft_dist import estimate
 
             return estimate.run(
                 config, num_gpus=options.gpus, gpu_memory_gib=options.gpu_memory, device_name=options.device
             )
         case "verify":
-            config = _config(options)
+            config = _language_model(options)
             from sft_dist import verify
 
             return verify.run(config, os.environ, num=options.num)
@@ -101,7 +101,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
 
             return checking.run(config, os.environ)
         case "score":
-            config = _config(options)
+            config = _language_model(options)
             from sft_dist.score import verb as score
 
             return score.run(
@@ -120,6 +120,16 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
 
             return export.run(
                 Path(options.run_dir), Path(options.output), which=options.checkpoint, dtype=options.dtype
+            )
+        case "predict":
+            from sft_dist import prediction
+
+            return prediction.run(
+                Path(options.run_dir),
+                Path(options.file),
+                Path(options.output),
+                os.environ,
+                which=options.checkpoint,
             )
         case "generate":
             from sft_dist import generation
@@ -141,6 +151,19 @@ def _config(options: argparse.Namespace) -> "RunConfig":
     from sft_dist.config import load_config
 
     return load_config(options.run_file, options.overrides)
+
+
+def _language_model(options: argparse.Namespace) -> "RunConfig":
+    """A run file for verbs that know nothing of prediction heads."""
+    config = _config(options)
+    if config.head.kind != "none":
+        from sft_dist.errors import UsageError
+
+        raise UsageError(
+            f"{options.verb}: not known for a prediction head (head.kind: {config.head.kind}); the verbs for heads are "
+            "prepare, check, train, predict and export"
+        )
+    return config
 
 
 def _print_config(options: argparse.Namespace) -> ExitCode:
@@ -236,6 +259,11 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the precision of training"
     )
     _checkpoint_option(export)
+    predict = verbs.add_parser("predict", help="labels and probabilities of a file's records, as JSON Lines in order")
+    predict.add_argument("run_dir", metavar="RUN_DIR", help="run folder of a training with a head")
+    predict.add_argument("file", metavar="FILE", help="records with text, text and text_pair, or messages")
+    predict.add_argument("-o", "--output", required=True, help="JSON Lines file to write; appears when all is done")
+    _checkpoint_option(predict)
     generate = verbs.add_parser("generate", help="answer a prompt")
     generate.add_argument("--model", required=True, help="model folder, Hub id or run folder")
     generate.add_argument("--prompt", required=True)

@@ -87,7 +87,7 @@ class ModelConfig(Section):
     """Control tokens that the template uses and the tokenizer lacks; their embeddings start at the mean of all."""
 
 
-RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
+RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens", "labelled"]
 
 
 class SourceConfig(Section):
@@ -144,6 +144,38 @@ class ObjectiveConfig(Section):
     """Coefficient of log^2 of the softmax normaliser, added to each target's loss."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Uniform noise on input embeddings while training, of size alpha / sqrt(tokens of the sample x width)."""
+
+
+def _as_names(value: Any) -> Any:
+    """Labels may be written as numbers."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value)
+
+
+class HeadConfig(Section):
+    kind: Literal["none", "single_label", "multi_label", "regression"] = "none"
+    """A prediction head in the place of the language model's: one of several labels, any of several labels, or numbers;
+    none: language modelling. Records are then texts, pairs of texts or messages with a `label`."""
+    labels: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ()
+    """Names of the head's outputs in the order of their ids; empty: those of the training data, sorted."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the head's own parameters; default: optimizer.learning_rate."""
+    freeze_backbone: bool = False
+    """Train the head alone: all pre-trained parameters stay as they are, and the backbone runs without dropout."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> "HeadConfig":
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise ValueError(f"labels: {twice!r} is there twice")
+        if "" in self.labels:
+            raise ValueError("labels: one of them is empty")
+        if self.kind == "none" and (self.labels or self.learning_rate is not None or self.freeze_backbone):
+            raise ValueError("kind: none has no labels, learning_rate or freeze_backbone; set kind to single_label ...")
+        if self.kind == "single_label" and len(self.labels) == 1:
+            raise ValueError("labels: a choice needs at least two")
+        return self
 
 
 class BatchConfig(Section):
@@ -261,6 +293,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    head: HeadConfig = HeadConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -276,6 +309,21 @@ class RunConfig(Section):
     def _betas_below_one(self) -> "RunConfig":
         if max(self.optimizer.betas) >= 1.0:
             raise ValueError(f"optimizer.betas must be below 1, got {list(self.optimizer.betas)}")
+        return self
+
+    @model_validator(mode="after")
+    def _head_knows_what_is_asked(self) -> "RunConfig":
+        if self.head.kind == "none":
+            return self
+        if self.data.overflow == "truncate_turns":
+            raise ValueError(
+                "data.overflow: truncate_turns cuts texts that have one label (head.kind); use drop or error"
+            )
+        for key in ("label_smoothing", "z_loss", "neftune_alpha"):
+            if getattr(self.objective, key):
+                raise ValueError(f"objective.{key}: not known with a head (head.kind: {self.head.kind}); leave it out")
+        if self.model.control_tokens:
+            raise ValueError("model.control_tokens: not known with a head (head.kind); leave them out")
         return self
 
     @model_validator(mode="after")
@@ -339,6 +387,9 @@ TRANSLATIONS = {
     "label_smoothing_factor": "objective.label_smoothing",
     "mask_history": "objective.train_on: last_assistant",
     "dataset_exact_deduplication": "data.deduplicate",
+    "task": "head.kind (single_label, multi_label or regression; none: language modelling)",
+    "problem_type": "head.kind (single_label, multi_label or regression; none: language modelling)",
+    "num_labels": "head.labels (default: those of the training data)",
     "datasets": "data.train",
     "dataset": "data.train",
 }

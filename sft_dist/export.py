@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist import faults
-from sft_dist.config import ModelConfig
+from sft_dist.config import RunConfig
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError, ExitCode, StorageError
 from sft_dist.train import rundir
@@ -40,39 +40,46 @@ def run(run_dir: Path, output: Path, *, which: str, dtype: str | None) -> ExitCo
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as private:
             written = Path(private) / output.name  # with the modes that a new folder has, which the private one has not
             written.mkdir()
-            chosen = _write_companions(config.model, checkpoint, written, dtype)
+            chosen = _write_companions(config, checkpoint, written, dtype)
             num_bytes = _write_weights(checkpoint, written, chosen)
-            difference = _verify(config.model, checkpoint, written, chosen)
+            difference = _verify(config, checkpoint, written, chosen)
             if output.exists():
                 output.rmdir()
             faults.reach("export.before_rename", rank=0)
             os.replace(written, output)
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error}") from error
+    compared = "log-probs" if config.head.kind == "none" else "logits"
     print(
         f"exported step {checkpoint.step:,} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, shapes, "
-        f"values and ties verified; probe log-probs equal the sharded model's to {difference:.1e}"
+        f"values and ties verified; probe {compared} equal the sharded model's to {difference:.1e}"
     )
     return ExitCode.DONE
 
 
-def _write_companions(model: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> str:
+def _write_companions(run: RunConfig, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> str:
     """Configuration, generation settings, tokenizer and template; returns the name of the export's dtype."""
     import torch
     from transformers import GenerationConfig
 
+    from sft_dist.model.classifier import configuration
     from sft_dist.model.loading import load_config, new_tokens
 
+    model = run.model
     config = load_config(model, max_length=2)
     chosen = dtype or str(checkpoint.manifest["dtype"])
     config.dtype = getattr(torch, chosen)
     added = new_tokens(model)
     if added is not None:
         config.get_text_config().vocab_size = added.num_rows(config)
-    config.save_pretrained(folder)
     tokenizer = load_tokenizer(model)
     tokenizer.chat_template = checkpoint.manifest["template"]
     tokenizer.save_pretrained(folder)
+    if run.head.kind != "none":
+        configuration(run, config).architectures = checkpoint.manifest["architectures"]
+        config.save_pretrained(folder)
+        return chosen
+    config.save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(model.path)
     except OSError:
@@ -124,16 +131,19 @@ def _assign_files(numel: dict[str, int], item_bytes: int) -> dict[str, str]:
     return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
 
 
-def _verify(source: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: str) -> float:
-    """Load as a user would and compare; returns the largest difference of a probe token's log-prob."""
+def _verify(run: RunConfig, checkpoint: Checkpoint, folder: Path, dtype: str) -> float:
+    """Load as a user would and compare; returns the largest difference of a probe token's log-prob, or logit."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from sft_dist.model import zero
     from sft_dist.model.engine import stored_parameters
-    from sft_dist.model.probe import ROUNDING, plain_logprobs
+    from sft_dist.model.probe import ROUNDING, plain_logits, plain_logprobs
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    source, has_head = run.model, run.head.kind != "none"
+    plain = plain_logits if has_head else plain_logprobs
+    loader: Any = AutoModelForSequenceClassification if has_head else AutoModelForCausalLM
+    model, report = loader.from_pretrained(
         folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=source.trust_remote_code
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -146,13 +156,13 @@ def _verify(source: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: st
     for name, value in stored_parameters(checkpoint.folder):
         if not torch.equal(loaded[name], value.to(loaded[name].dtype)):
             raise StorageError(f"export: {name} does not have the checkpoint's values after loading")
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = has_head or model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if model.config.get_text_config().tie_word_embeddings and not tied:
         raise StorageError("export: the output embedding is no longer tied to the input embedding")
     recorded = checkpoint.manifest["probe"]
 
     def difference() -> float:
-        now = [value for ids in recorded["samples"] for value in plain_logprobs(model, ids)]
+        now = [value for ids in recorded["samples"] for value in plain(model, ids)]
         return max(abs(a - b) for a, b in zip(now, recorded["logprobs"], strict=True))
 
     model.eval().float()

@@ -12,7 +12,15 @@ from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import ConfigError, ExitCode, exit_code_of, say
-from sft_dist.preparation import heldout_set, say_left_out, say_overlap, share_of, training_set, write_left_out
+from sft_dist.preparation import (
+    heldout_set,
+    say_left_out,
+    say_overlap,
+    share_of,
+    training_set,
+    with_labels,
+    write_left_out,
+)
 
 if TYPE_CHECKING:
     from sft_dist.distributed.watchdog import Watchdog
@@ -53,6 +61,7 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
     from sft_dist.session import close_session, open_session
 
     # Before any process group exists, so that no collective waits for a tokeniser.
+    config = with_labels(config, share)
     selection, plan = training_set(config, share)
     heldout = heldout_set(config, share)
     run_dir = Path(config.run_dir)

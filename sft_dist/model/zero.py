@@ -48,7 +48,7 @@ def assign(model: nn.Module, values: Iterator[tuple[str, Tensor]]) -> None:
                 "model.path and model.control_tokens must be those of the run that wrote it"
             )
         with torch.no_grad():
-            _write(parameter, value)
+            write(parameter, value)
         seen.add(name)
     if missing := sorted(set(parameters) - seen):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
@@ -124,7 +124,8 @@ def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
+def write(parameter: nn.Parameter, value: Tensor) -> None:
+    """Put a whole value into a parameter, sharded or not; every rank copies only its own part."""
     if not hasattr(parameter, "ds_tensor"):
         parameter.copy_(value)
         return

@@ -25,8 +25,9 @@ from sft_dist.errors import ExitCode
 from sft_dist.model import probe
 from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
-from sft_dist.train import objective, out_of_memory
+from sft_dist.train import classification, objective, out_of_memory
 from sft_dist.train.checkpoint import TrainState
+from sft_dist.train.classification import Answers
 from sft_dist.train.deadline import job_end_s
 from sft_dist.train.details import Details
 from sft_dist.train.evaluate import heldout_details, scoring_packs
@@ -95,7 +96,8 @@ class Run:
     def train(self) -> Result:
         """Take all steps that are left. Raises TrainingError when the numbers break."""
         difference = probe.check(self.engine, self._probe)
-        self.metrics.say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
+        what = "logits" if self.engine.is_classifier else "log-probs"
+        self.metrics.say(f"packed {what} equal the model's own, unpacked, to {difference:.1e}")
         self._timeline.mark("startup", step=self.state.step)
         if self.state.step == 0:
             self._evaluate(0)
@@ -215,6 +217,7 @@ class Run:
                 self.heldout.packs,
                 self.world,
                 config.batch.packs_per_micro_batch,
+                answers := Answers() if self.engine.is_classifier else None,
             )
         self._timeline.mark("evaluate", step=step)
         nll, accuracy = details.all.nll, details.all.accuracy
@@ -222,7 +225,10 @@ class Run:
             self._guard.heldout(nll, self.heldout.selection, self.heldout.packs, step)
             self._meter.clock.enter("other")
             return
-        self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
+        if answers is None:
+            self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
+        else:
+            classification.report(self.metrics, step, nll, self.heldout.selection, answers)
         for line in details.lines():
             self.metrics.say(line)
         self.metrics.record("heldout", step, **details.all.as_dict())
@@ -262,7 +268,7 @@ class Run:
             }
             self._saver.begin(
                 self.state,
-                self._facts | {"probe": record},
+                self._facts | {"probe": record, "architectures": [type(self.engine.causal_lm).__name__]},
                 protected=self._guard.last_regular(self.state),
                 wait=wait,
             )
