@@ -214,7 +214,11 @@ def with_head_rate(groups: list[dict[str, Any]], model: nn.Module, config: RunCo
     own = {id(p) for name, p in model.model.named_parameters() if name in model.omega}
     factor = config.head.learning_rate / config.optimizer.learning_rate
     split = [
-        group | {"params": [p for p in group["params"] if (id(p) in own) == is_own], "lr_factor": factor**is_own}
+        group
+        | {
+            "params": [p for p in group["params"] if (id(p) in own) == is_own],
+            "lr_factor": group.get("lr_factor", 1.0) * factor**is_own,
+        }
         for group in groups
         for is_own in (False, True)
     ]
