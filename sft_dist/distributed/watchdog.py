@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from sft_dist.distributed.beats import Beat, Heard, Process, Verdict, find_slow, find_stuck, first_beside, hang
-from sft_dist.distributed.deadline import Deadline
+from sft_dist.distributed.exit_timer import ExitTimer
 from sft_dist.distributed.world import World
 from sft_dist.errors import ClusterError, ExitCode, RankFailed, exit_code_of, say
 
@@ -147,7 +147,7 @@ class Watchdog:
         self._server: Process | None = None  # of rank 0
         self._leaving = threading.Lock()  # taken by the thread that ends the process
         self._main_leaves = False
-        self._deadline: Deadline | None = None
+        self._exit_timer: ExitTimer | None = None
         self._given: Verdict | None = None
         self._mail = Mail(store, timeout_s=min(_STORE_TIMEOUT_S, 5 * self._interval_s))
         with suppress(StoreLost):  # the thread will meet it again
@@ -220,19 +220,19 @@ class Watchdog:
         if not self._main_leaves:
             self._leaving.acquire()
             self._main_leaves = True
-            if self._deadline is not None:
-                self._deadline.cancel()
+            if self._exit_timer is not None:
+                self._exit_timer.cancel()
 
     # What follows runs in the watchdog's thread, but for _why_lost and what that calls.
 
     def _run(self) -> None:
         if self._timeout_s and sys.platform == "linux":
-            self._deadline = Deadline(
+            self._exit_timer = ExitTimer(
                 stacks_s=self._timeout_s, end_s=self._timeout_s + _MAIN_LEAVES_S, exit_code=ExitCode.TRAINING
             )
         while not self._leaving.locked():
-            if self._deadline is not None:
-                self._deadline.postpone()
+            if self._exit_timer is not None:
+                self._exit_timer.postpone()
             for _ in range(_LOOKS_PER_BEAT):
                 # Unequal pauses: steps of a fixed length are not to be looked at in the same place every time.
                 time.sleep(self._interval_s / _LOOKS_PER_BEAT * random.uniform(0.5, 1.5))
@@ -244,8 +244,8 @@ class Watchdog:
                 verdict = self._judge_without_store(error)
             if verdict is not None:
                 self._obey(verdict)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._exit_timer is not None:
+            self._exit_timer.cancel()
 
     def _look(self) -> None:
         self._num_looks += 1

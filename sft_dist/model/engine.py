@@ -282,14 +282,6 @@ class Engine:
             write_file(folder / name, content)
         collectives.barrier()
 
-    def use_safe_files(self) -> None:
-        """Load without pickle rights."""
-
-        def load(path: str, map_location: Any = None) -> dict[str, Any]:
-            return zero.safe_load(path, mmap=False)
-
-        self._engine.checkpoint_engine.load = load
-
     def load(self, folder: Path) -> None:
         """Take the state of a checkpoint, whatever number of ranks wrote it; for engines that train.
 
@@ -343,9 +335,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     zero.clear_padding(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
-    result = Engine(engine, world, reduce_once=reduce_once, settings=settings)
-    result.use_safe_files()
-    return result
+    return Engine(engine, world, reduce_once=reduce_once, settings=settings)
 
 
 def inference_engine(config: RunConfig, world: World, weights: Path | None) -> Engine:

@@ -96,7 +96,6 @@ def training_settings(
         ),
         (
             "sub_group_size",
-            # Not from the memory at hand: the files of a checkpoint are laid out by it.
             max(-(-shapes.largest // world_size), _OPTIMIZER_TILE),
             "the optimizer's float32 gradient exists for one tile at a time",
         ),

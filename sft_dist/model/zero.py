@@ -17,14 +17,14 @@ from sft_dist.errors import StorageError
 _ROWS_AT_ONCE = 4_096
 
 
-def safe_load(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
+def safe_load(path: str | Path) -> dict[str, Any]:
     """torch.load that constructs tensors and the three harmless classes DeepSpeed stores, and nothing else."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     try:
         with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler]):
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(f"{path}: not a readable checkpoint shard: {first_line}") from error

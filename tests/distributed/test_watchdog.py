@@ -117,16 +117,16 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.
     assert ended.codes == [69, 3] and "rank(s) 1 of 2 have not come" in ended.said[0], ended.said
 
 
-def test_a_deadline_that_is_postponed_never_ends_a_busy_process() -> None:
-    from sft_dist.distributed.deadline import Deadline
+def test_a_timer_that_is_postponed_never_ends_a_busy_process() -> None:
+    from sft_dist.distributed.exit_timer import ExitTimer
 
     child = os.fork()
     if child == 0:
-        deadline = Deadline(stacks_s=60, end_s=0.2, exit_code=70)
+        timer = ExitTimer(stacks_s=60, end_s=0.2, exit_code=70)
         until = time.monotonic() + 1
         while time.monotonic() < until:
-            deadline.postpone()
-        deadline.cancel()
+            timer.postpone()
+        timer.cancel()
         while time.monotonic() < until + 0.5:
             pass
         os._exit(0)

@@ -31,7 +31,7 @@ class _TimerSpec(ctypes.Structure):
     _fields_ = [("_interval", ctypes.c_long * 2), ("value", ctypes.c_long * 2)]
 
 
-class Deadline:
+class ExitTimer:
     """Stacks after `stacks_s` of time, the end with `exit_code` after `end_s` of the main thread's computing time.
 
     Computing time, since a whole job that was suspended for an hour has passed every deadline of the other kind.
