@@ -129,8 +129,8 @@ def load(
     if is_main:
         what = f"new parameters ω: {', '.join(new)}" if new else "the head in its files is continued"
         say(f"{type(model).__name__} for {len(config.head.labels):,} output(s); {what}")
-        if discarded:
-            named = ", ".join(discarded[:_NAMED]) + (" ..." if len(discarded) > _NAMED else "")
+        if others := sorted({*discarded, *mismatched}):
+            named = ", ".join(others[:_NAMED]) + (" ..." if len(others) > _NAMED else "")
             say(f"discarded of {path}, as the head of its pre-training: {named}")
     _check_positions(config, model)
     inside = f"{model.base_model_prefix}."
@@ -143,10 +143,8 @@ def _check_new(
 ) -> None:
     """Raise ConfigError for parameters that would be random inside the backbone, or be lost from it."""
     path = config.model.path
-    parts = {
-        model.base_model_prefix,
-        *(name for name, _ in model.base_model.named_children()),
-    }  # with and without prefix
+    # Files of a backbone alone have names without its prefix.
+    parts = {model.base_model_prefix, *(name for name, _ in model.base_model.named_children())}
 
     def of_backbone(names: Sequence[str]) -> list[str]:
         inside = [name for name in names if name.split(".")[0] in parts]

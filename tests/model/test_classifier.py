@@ -1,6 +1,7 @@
 """A prediction head over packed samples, against plain transformers in float64, one sample at a time."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,10 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str],
         data.write_text("".join(json.dumps(record) + "\n" for record in records))
         cases[f"{family} {kind}"] = {"case": "gradient", "model": str(model), "data": str(data), "kind": kind}
         cases[f"{family} {kind}"]["max_length"] = 32 if family == "bert" else 96  # a few samples a pack
-    for size in (1, 2, 3):
+    bert = cases["bert single_label"]
+    cases["continued"] = bert | {"case": "continued", "saved": str(base / "saved"), "head_rate": 0.1}
+    cases["frozen"] = bert | {"case": "continued", "saved": str(base / "frozen"), "is_frozen": True}
+    for size in (2, 1, 3):  # the first saves what the others load
         layout = {"per_forward": 2 if size == 1 else 1, "reduce_once": size != 2}
         some = [case | layout for case in cases.values()]
         answers = run_world(size, some, base / f"world-{size}", module="tests.helpers.head_cases")
@@ -200,3 +204,29 @@ def test_the_gradient_of_a_step_is_that_of_plain_transformers_on_any_number_of_r
             torch.testing.assert_close(answer["gradients"][key].double(), value, rtol=1e-3, atol=2e-6, msg=key)
         for key, value in answers[0]["parameters"].items():
             assert torch.equal(answer["parameters"][key], value), f"{key} starts the same on any number of ranks"
+
+
+@pytest.mark.slow
+def test_a_run_continues_on_any_number_of_ranks_with_the_learning_rate_of_its_head(
+    gradients: dict[tuple[int, str], Any],
+) -> None:
+    for size, case in product((1, 3), ("continued", "frozen")):
+        for moment in ("first", "second"):
+            for name, value in gradients[size, case][moment].items():
+                expected = gradients[2, case][moment][name]
+                torch.testing.assert_close(value, expected, rtol=0, atol=2e-5, msg=f"{size} {case} {moment} {name}")
+    whole = gradients[2, "continued"]
+    # With so large an eps the first step of AdamW is g / (|g| + eps) times the rate, ten times as large for the head.
+    grads, start = gradients[2, "bert single_label"]["gradients"], whole["start"]
+    for name, rate in (("classifier.weight", 0.1), ("bert.pooler.dense.weight", 0.01)):
+        moved = start[name] - whole["first"][name]
+        torch.testing.assert_close(moved, rate * grads[name] / (grads[name].abs() + 0.01), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_frozen_backbone_stays_and_its_head_is_trained(gradients: dict[tuple[int, str], Any]) -> None:
+    frozen = gradients[2, "frozen"]
+    inside = [name for name in frozen["start"] if name.startswith("bert.")]
+    assert len(inside) > 30
+    assert all(torch.equal(frozen["second"][name], frozen["start"][name]) for name in inside)
+    assert float((frozen["second"]["classifier.weight"] - frozen["start"]["classifier.weight"]).abs().min()) > 0
