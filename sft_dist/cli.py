@@ -125,7 +125,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
             from sft_dist import prediction
 
             return prediction.run(
-                Path(options.run_dir),
+                Path(options.run),
                 Path(options.file),
                 Path(options.output),
                 os.environ,
@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _checkpoint_option(export)
     predict = verbs.add_parser("predict", help="labels and probabilities of a file's records, as JSON Lines in order")
-    predict.add_argument("run_dir", metavar="RUN_DIR", help="run folder of a training with a head")
+    predict.add_argument("run", metavar="RUN", help="run folder or run file of a training with a head")
     predict.add_argument("file", metavar="FILE", help="records with text, text and text_pair, or messages")
     predict.add_argument("-o", "--output", required=True, help="JSON Lines file to write; appears when all is done")
     _checkpoint_option(predict)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_dist.config import RunConfig, SourceConfig
+from sft_dist.config import RunConfig, SourceConfig, load_config
 from sft_dist.data.labels import LabelSet
 from sft_dist.data.manifest import summarise
 from sft_dist.data.prepare import prepare
@@ -27,20 +27,24 @@ from sft_dist.train import rundir
 _NAMED = 10
 
 
-def run(run_dir: Path, file: Path, output: Path, env: Mapping[str, str], *, which: str) -> ExitCode:
-    """Answer the records of `file` with a checkpoint of `run_dir`; write `output`. Raises ConfigError without head."""
+def run(source: Path, file: Path, output: Path, env: Mapping[str, str], *, which: str) -> ExitCode:
+    """Answer the records of `file` with a checkpoint of a run (its folder or run file); write `output`.
+
+    Raises ConfigError for a run without a head.
+    """
     from sft_dist.session import close_session, open_session
 
     world = find_world(env)
+    run_dir = Path(load_config(source).run_dir) if source.is_file() else source
     config = rundir.saved_config(run_dir)
     if config.head.kind == "none":
         raise ConfigError(f"{run_dir}: a language model, which has no prediction head (head.kind); see score, generate")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: {output}: not a file in a folder that exists")
     labels = LabelSet(config.head.kind, config.head.labels, is_read=False)
-    source = SourceConfig(path=str(file), format="labelled")
+    records = SourceConfig(path=str(file), format="labelled")
     data = config.data.model_copy(update={"on_bad_record": "refuse", "max_refused": 1.0})
-    dataset = prepare((source,), config.model, data, share_of(world, env))
+    dataset = prepare((records,), config.model, data, share_of(world, env))
     selection = Selection(dataset, Policy(config.data.max_length, labels=labels))
     with open_session(world, config.watchdog) as watchdog:
         watchdog.enter("predicting")

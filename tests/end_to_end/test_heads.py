@@ -103,7 +103,9 @@ def test_the_export_is_a_plain_classifier_and_predict_says_what_it_says_on_any_n
     done = place.verb("predict", str(place.folder / "whole"), str(tmp_path / "new.jsonl"), "-o", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "9 of 11 records answered" in done.stderr and "refused 2: 1 no text, 1 too long" in done.stderr
-    arguments = ["-m", "sft_dist", "predict", str(place.folder / "whole"), str(tmp_path / "new.jsonl")]
+    tree = yaml.safe_load(place.run_file.read_text()) | {"run_dir": str(place.folder / "whole")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    arguments = ["-m", "sft_dist", "predict", str(tmp_path / "run.yaml"), str(tmp_path / "new.jsonl")]
     both = run_ranks(2, [*arguments, "-o", str(tmp_path / "out-2")])
     assert [process.returncode for process in both] == [0, 0], both[0].stdout
     assert (tmp_path / "out-2").read_bytes() == (tmp_path / "out").read_bytes()
