@@ -110,7 +110,7 @@ def test_the_export_is_a_plain_classifier_and_predict_says_what_it_says_on_any_n
     assert [process.returncode for process in both] == [0, 0], both[0].stdout
     assert (tmp_path / "out-2").read_bytes() == (tmp_path / "out").read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert [line["id"] for line in lines] == ["r0", "r1", "r2", "empty", "long", *(f"r{n}" for n in range(3, 9))]
+    assert [line["id"] for line in lines] == ["r0", "r1", "r2", "new:4", "long", *(f"r{n}" for n in range(3, 9))]
     assert lines[3]["refused"] == "no text" and "new.jsonl:4" in lines[3]["detail"]
     assert lines[4]["refused"] == "too long"
     for line, record in zip([line for line in lines if "refused" not in line], records, strict=True):
