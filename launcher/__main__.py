@@ -18,6 +18,7 @@ from launcher.commands import Facts, commands, shown
 from launcher.host import (
     count_cpus,
     count_gpus,
+    every_address,
     first_ephemeral_port,
     free_port,
     is_own,
@@ -31,7 +32,7 @@ from launcher.lifeline import Lifeline
 from launcher.mpi import find_mpiexec
 from launcher.report import Verdict, judge
 from launcher.restarts import EXPLAINED, Restarts, checkpoints, keep_running
-from launcher.rundir import ask_run_dir, outcome_mark, read_outcome
+from launcher.rundir import ask_run_dir
 from launcher.supervise import Ending, say, signals_held, supervise
 
 PORT_STRIDE = 97  # between the ports of two starts
@@ -66,6 +67,8 @@ def _main(argv: list[str]) -> int:
     unknown = [word for word in rest if word.startswith("-") or "overrides" not in options]
     if unknown:
         verbs.choices[options.command].error(f"unknown argument {unknown[0]}; arguments of the verb itself go after --")
+    if verb_args and options.command in ("submit", "status"):
+        verbs.choices[options.command].error(f"nothing follows -- here, but there is {verb_args[0]}")
     match options.command:
         case "submit":
             return submit.run(options, (*options.overrides, *rest))
@@ -127,8 +130,8 @@ def _add_run_options(parser: _Parser) -> None:
         "--log-dir",
         type=Path,
         metavar="DIR",
-        help="where ranks 1 and up write rank-N.log; rank 0 writes to the terminal (a temporary folder, "
-        "kept when the run fails)",
+        help="where ranks 1 and up write rank-N.log, each on its host; rank 0 writes to the terminal (--via local: a "
+        "temporary folder, kept when the run fails; the other ways: all to the terminal)",
     )
     parser.add_argument(
         "--grace-s",
@@ -159,20 +162,31 @@ def _run(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: 
         raise LaunchError(f"--grace-s must be 0 or more, not {options.grace_s:g}", exit_code=EXIT_USAGE)
     restarts = _restarts(options)
     job = _job(options, overrides=overrides, verb_args=verb_args)
-    if job.via in ("local", "deepspeed", "torchrun") and is_own(job.rank_0):
-        require_port(job.master_port)
     facts = Facts(
         python=sys.executable,
         num_cpus=count_cpus(),
         environ=os.environ,
         mpiexec=find_mpiexec(sys.executable) if job.via == "mpirun" else None,
-        own_address=own_addresses(host.name for host in job.hosts)[0],
+        log_dir=None if options.log_dir is None else str(options.log_dir.absolute()),
     )
     if options.dry_run:
-        print("\n".join(f"# {command.name}\n{shown(command)}" for command in commands(job, facts)))
+        # Of hosts that need not be there yet.
+        note = (
+            " (a real start puts a keeper before every rank: python -m launcher.keeper)" if job.num_ranks_kept else ""
+        )
+        shown_facts = replace(facts, own_address="THIS_HOST")
+        print("\n".join(f"# {command.name}{note}\n{shown(command)}" for command in commands(job, shown_facts)))
         return 0
-    fixed_port = options.master_port is not None
-    return _supervised(job, facts, restarts, fixed_port=fixed_port, log_dir=options.log_dir, grace_s=options.grace_s)
+    if job.via in ("local", "deepspeed", "torchrun") and is_own(job.rank_0):
+        require_port(job.master_port)
+    facts = replace(facts, own_address=_addresses(job)[0])
+    return _supervised(job, facts, restarts, log_dir=options.log_dir, grace_s=options.grace_s)
+
+
+def _addresses(job: Job) -> tuple[str, ...]:
+    """At which keepers reach this machine."""
+    # Which nodes Slurm gives is not known before it does.
+    return every_address() if job.via == "srun" else own_addresses(host.name for host in job.hosts)
 
 
 def _job(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: tuple[str, ...]) -> Job:
@@ -194,6 +208,7 @@ def _job(options: argparse.Namespace, *, overrides: tuple[str, ...], verb_args: 
         node_rank=options.node_rank,
         master_addr=options.master_addr,
         master_port=_free_port() if options.master_port is None else options.master_port,
+        is_port_asked=options.master_port is not None,
     )
 
 
@@ -213,9 +228,7 @@ def _restarts(options: argparse.Namespace) -> Restarts:
     return Restarts(budget=options.restarts, pause_s=options.restart_pause_s, after_stop=options.restart_stopped)
 
 
-def _supervised(
-    job: Job, facts: Facts, restarts: Restarts, *, fixed_port: bool, log_dir: Path | None, grace_s: float
-) -> int:
+def _supervised(job: Job, facts: Facts, restarts: Restarts, *, log_dir: Path | None, grace_s: float) -> int:
     run_dir = ask_run_dir(job, python=sys.executable)
     log_dir_used = log_dir or Path(tempfile.mkdtemp(prefix="sft-launch-"))
     with signals_held() as mask:
@@ -223,19 +236,16 @@ def _supervised(
         def start(number: int) -> tuple[Ending, Verdict]:
             told = {"SFT_DIST_RESTART": str(number)} if restarts.budget else {}
             # What is left of the start before may still hold its port.
-            port = _free_port(number) if number and not fixed_port else job.master_port
+            port = _free_port(number) if number and not job.is_port_asked else job.master_port
             lifeline = None
             if job.num_ranks_kept:
-                lifeline = Lifeline(own_addresses(host.name for host in job.hosts), num_ranks=job.num_ranks_kept)
+                lifeline = Lifeline(_addresses(job), num_ranks=job.num_ranks_kept, may_queue=job.via == "srun")
             contact = lifeline.contact if lifeline is not None else None
             now = replace(facts, environ={**facts.environ, **told}, contact=contact)
             to_start = commands(replace(job, master_port=port), now)
             to_start = tuple(replace(command, env={**command.env, **told}) for command in to_start)
-            mark = outcome_mark(run_dir)
             ending = supervise(to_start, log_dir=log_dir_used, grace_s=grace_s, mask=mask, lifeline=lifeline)
-            # srun gives the highest code of all tasks, so what rank 0 wrote comes first; the others are exact.
-            outcome = read_outcome(run_dir, mark_before=mark) if job.via == "srun" else None
-            return ending, judge(ending, outcome=outcome)
+            return ending, judge(ending)
 
         # Other verbs than train leave no checkpoints to tell progress by.
         published = (lambda: checkpoints(run_dir)) if job.verb == "train" else None

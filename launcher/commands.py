@@ -16,15 +16,17 @@ from launcher.parcel import Contact, Parcel, encode
 
 # What ranks on other hosts need of this environment where the launcher in between does not hand on all of it.
 _FORWARDED = re.compile(
-    r"(SFT|HF|TRANSFORMERS|TOKENIZERS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NCCL|GLOO|UCX|FI|OMP|MKL|KMP|DS|THP)_\w+"
+    r"(SFT|HF|TRANSFORMERS|TOKENIZERS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NCCL|GLOO|UCX|FI|I_MPI|OMP|MKL|KMP|DS|THP)"
+    r"_\w+"
     r"|PYTHON\w+|PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|XDG_CACHE_HOME|(HTTPS?|NO|https?|no)_(PROXY|proxy)"
 )
+_LOGIN = re.compile(r"\w+://[^/@\s]*@")  # a proxy with user and password
 _KEPT_BACK = re.compile(r"CUDA_VISIBLE_DEVICES|DS_ENV_FILE|PYTHONSTARTUP|.*(_|^)(TOKEN|KEY|SECRET|PASSWORD)(_\w*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One process to start. It is a rank itself, or it starts ranks that have keepers or are Slurm's."""
+    """One process to start. It is a rank itself, or it starts ranks, each behind a keeper."""
 
     name: str
     argv: tuple[str, ...]
@@ -40,6 +42,7 @@ class Facts:
     num_cpus: int
     environ: Mapping[str, str]
     contact: Contact | None = None  # where keepers report; None: ranks without keepers
+    log_dir: str | None = None  # where keepers have their ranks write
     mpiexec: Mpiexec | None = None
     own_address: str = "127.0.0.1"  # at which the hosts of the job reach this one
 
@@ -76,7 +79,7 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(environ.items())
-        if _FORWARDED.fullmatch(name) and not _KEPT_BACK.fullmatch(name)
+        if _FORWARDED.fullmatch(name) and not _KEPT_BACK.fullmatch(name) and not _LOGIN.search(value)
     }
 
 
@@ -131,9 +134,7 @@ def _torchrun(job: Job, facts: Facts) -> Command:
 def _mpirun(job: Job, facts: Facts) -> Command:
     if facts.mpiexec is None:
         raise ValueError("mpirun without an mpiexec")
-    env = _shared_env(job, facts)
-    if job.master_addr is not None:
-        env |= {"MASTER_ADDR": job.master_addr, "MASTER_PORT": str(job.master_port)}
+    env = _shared_env(job, facts) | _asked_address(job)
     hosts = ",".join(f"{host.name}:{host.slots}" for host in job.hosts)
     how: tuple[str, ...]
     match facts.mpiexec.family:
@@ -150,15 +151,14 @@ def _mpirun(job: Job, facts: Facts) -> Command:
 
 
 def _srun(job: Job, facts: Facts) -> Command:
-    env = _shared_env(job, facts)
-    if job.master_addr is not None:
-        env |= {"MASTER_ADDR": job.master_addr, "MASTER_PORT": str(job.master_port)}
+    env = _shared_env(job, facts) | _asked_address(job)
     if "SLURM_CPUS_PER_TASK" in facts.environ and "SRUN_CPUS_PER_TASK" not in facts.environ:
         # Since 22.05 srun takes it no longer from sbatch and salloc.
         env["SRUN_CPUS_PER_TASK"] = facts.environ["SLURM_CPUS_PER_TASK"]
     argv = (
         *("srun", f"--nodes={job.num_nodes}", f"--ntasks-per-node={job.num_processes}", f"--ntasks={job.num_ranks}"),
-        *("--kill-on-bad-exit=1", "--wait=60", facts.python, "-m", *job.program),
+        *("--kill-on-bad-exit=1", "--wait=60", facts.python, "-m"),
+        *_program(job, facts, env),
     )
     return Command(name="srun", argv=argv, env=env, to_terminal=True)
 
@@ -168,7 +168,13 @@ def _program(job: Job, facts: Facts, env: Mapping[str, str]) -> tuple[str, ...]:
     if facts.contact is None and not (job.hosts and job.via == "deepspeed"):
         return job.program
     carried = {**forwarded(facts.environ), **env} if job.hosts else {}
-    return ("launcher.keeper", encode(Parcel(program=job.program, env=carried, contact=facts.contact)))
+    return ("launcher.keeper", encode(Parcel(job.program, carried, facts.contact, facts.log_dir)))
+
+
+def _asked_address(job: Job) -> dict[str, str]:
+    """Where rank 0 is to be met as far as the command line says; the rest the ranks find out, through MPI or Slurm."""
+    found = {} if job.master_addr is None else {"MASTER_ADDR": job.master_addr}
+    return found if job.asked_port is None else found | {"MASTER_PORT": str(job.asked_port)}
 
 
 def _deepspeed_devices(num_processes: int, environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.job import EXIT_CLUSTER, LaunchError
 
 NVIDIA_SMI_TIMEOUT_S = 30.0
+_SIOCGIFADDR = 0x8915  # netdevice(7): the address of an interface
 
 
 def visible_devices(environ: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -101,6 +105,20 @@ def address_towards(host: str) -> str:
 def own_addresses(hosts: Iterable[str]) -> tuple[str, ...]:
     """Addresses at which `hosts` reach this machine; 127.0.0.1 alone when they are none but itself."""
     found = dict.fromkeys(map(address_towards, hosts))
+    others = tuple(address for address in found if not ipaddress.ip_address(address).is_loopback)
+    return others or ("127.0.0.1",)
+
+
+def every_address() -> tuple[str, ...]:
+    """IPv4 addresses of this machine, the one towards the world first; 127.0.0.1 alone where it has no network."""
+    found: dict[str, None] = {}
+    with suppress(LaunchError):  # no default route
+        found[address_towards("192.0.2.1")] = None  # RFC 5737: an address of nobody; nothing is sent
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found[socket.inet_ntoa(answer[20:24])] = None
     others = tuple(address for address in found if not ipaddress.ip_address(address).is_loopback)
     return others or ("127.0.0.1",)
 

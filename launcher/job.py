@@ -48,6 +48,7 @@ class Job:
     node_rank: int = 0  # torchrun, which is started on every node
     master_addr: str | None = None
     master_port: int
+    is_port_asked: bool = False  # for, on the command line; else it is one that is free here
 
     def __post_init__(self) -> None:
         for override in self.overrides:
@@ -78,7 +79,7 @@ class Job:
                 raise _usage("--via local starts ranks on this machine alone; --nodes goes with the other ways")
             case "deepspeed" | "mpirun" if not self.hosts:
                 raise _usage(f"--via {self.via} --nodes {self.num_nodes} needs --hostfile, with lines `HOST slots=N`")
-            case "torchrun" if self.master_addr is None:
+            case "torchrun" if self.master_addr is None or not self.is_port_asked:
                 raise _usage(
                     f"--via torchrun --nodes {self.num_nodes} is started on every node, with --node-rank 0, 1, ... and "
                     "on all of them the same --master-addr (of node 0) and --master-port"
@@ -103,14 +104,19 @@ class Job:
 
     @property
     def num_ranks_kept(self) -> int:
-        """Ranks that get a keeper (keeper.py) of this launcher; the others are its children, or Slurm's to watch."""
+        """Ranks that get a keeper (keeper.py) of this launcher; the others are its children."""
         match self.via:
-            case "local" | "srun":
+            case "local":
                 return 0
             case "torchrun":
                 return self.num_processes
-            case "deepspeed" | "mpirun":
+            case "deepspeed" | "mpirun" | "srun":
                 return self.num_ranks
+
+    @property
+    def asked_port(self) -> int | None:
+        """The port of the command line; mpirun's and srun's ranks agree on one without it."""
+        return self.master_port if self.is_port_asked else None
 
 
 def _usage(message: str) -> LaunchError:

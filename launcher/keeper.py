@@ -1,5 +1,5 @@
-"""Stands before a rank that another launcher started (deepspeed, torchrun, mpiexec), on whichever host: passes on the
-signals that sft-launch sends, tells it how the rank ended, and ends the rank when sft-launch is gone.
+"""Stands before a rank that another launcher started (deepspeed, torchrun, mpiexec, srun), on whichever host: passes on
+the signals that sft-launch sends, tells it how the rank ended, and ends the rank when sft-launch is gone.
 
     python -m launcher.keeper WORD          WORD: see parcel.py
 
@@ -7,6 +7,7 @@ It leaves only when it is told to, so that the launcher in between sees all rank
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -15,15 +16,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
 
 from launcher.job import EXIT_CLUSTER, EXIT_REQUEUE
+from launcher.logs import Log, Quote, open_log, tail
 from launcher.parcel import Contact, decode
 from launcher.processes import adopt_orphans, die_with_parent, kill_descendants, send_signal
 
 CONNECT_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 10.0
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# The innermost launcher's first: a batch script has a SLURM_PROCID, too, which what it starts inherits.
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 # A peer that does not answer for this long is lost. By the kernel, so that a stopped process (Ctrl-Z) is not.
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 LOST_AFTER_S = 25
@@ -43,10 +49,18 @@ def main() -> int:
     for signum in (*PASSED_ON, signal.SIGCHLD):
         signal.signal(signum, lambda *_: None)
     adopt_orphans()
+    log, output = (None, None) if parcel.log_dir is None or rank == "0" else _log(Path(parcel.log_dir), rank)
     # close_fds: MPI's launchers talk to their ranks through inherited descriptors.
-    child = subprocess.Popen(argv, env=env, close_fds=False, preexec_fn=_before_exec(os.getpid()))
+    child = subprocess.Popen(
+        argv,
+        env=env,
+        close_fds=False,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        preexec_fn=_before_exec(os.getpid()),
+    )
     try:
-        code = _keep(child, launcher, woken)
+        code = _keep(child, launcher, woken, log)
     finally:
         kill_descendants(timeout_s=KILL_TIMEOUT_S)
     return code
@@ -80,6 +94,14 @@ def _connect(contact: Contact, rank: str) -> socket.socket:
     sys.exit(EXIT_CLUSTER)
 
 
+def _log(folder: Path, rank: str) -> tuple[Log, IO[bytes]]:
+    try:
+        return open_log(folder, f"rank {rank}")
+    except OSError as error:
+        print(f"sft-launch: --log-dir {folder} on {socket.gethostname()}: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_CLUSTER)
+
+
 def _before_exec(keeper: int) -> Callable[[], None]:
     def prepare() -> None:
         die_with_parent(keeper)
@@ -89,14 +111,14 @@ def _before_exec(keeper: int) -> Callable[[], None]:
     return prepare
 
 
-def _keep(child: subprocess.Popen[bytes], launcher: socket.socket, woken: socket.socket) -> int:
+def _keep(child: subprocess.Popen[bytes], launcher: socket.socket, woken: socket.socket, log: Log | None) -> int:
     """Until the launcher says that all is over, or is gone; returns the code to leave with."""
     received = b""
     told = False
     while True:
         if child.poll() is not None and not told:
             kill_descendants(timeout_s=KILL_TIMEOUT_S)  # helpers that it left behind
-            told = _tell(launcher, f"ended {child.returncode}\n")
+            told = _tell(launcher, child.returncode, log)
         readable, _, _ = select.select([launcher, woken], [], [])
         if woken in readable:
             for signum in woken.recv(64):
@@ -125,9 +147,12 @@ def _last_code(returncode: int | None) -> int:
     return 0 if returncode in (0, EXIT_REQUEUE) else returncode if returncode > 0 else 128 - returncode
 
 
-def _tell(launcher: socket.socket, line: str) -> bool:
+def _tell(launcher: socket.socket, returncode: int, log: Log | None) -> bool:
+    """How the rank ended, with the end of its log: it may lie on a disk that sft-launch does not see."""
+    quote = None if log is None else Quote(f"{socket.gethostname()}:{log.path}", tuple(tail(log)))
+    line = json.dumps({"returncode": returncode, "quote": quote and asdict(quote)})
     with suppress(OSError):  # seen when reading
-        launcher.sendall(line.encode())
+        launcher.sendall(line.encode() + b"\n")
     return True
 
 

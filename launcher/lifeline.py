@@ -3,6 +3,8 @@ them at once. Asked in the supervisor's loop; it starts no thread and waits for 
 
 from __future__ import annotations
 
+import json
+import math
 import secrets
 import selectors
 import socket
@@ -11,10 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from launcher.keeper import LOST_AFTER_S, watch_peer
+from launcher.logs import Quote
 from launcher.parcel import Contact
 
 # From the start of the launch until the last rank's keeper has come: loading Python from a busy file system is slow.
 START_TIMEOUT_S = 600.0
+MAX_FIRST_LINE_BYTES = 1_024
 
 
 @dataclass
@@ -34,12 +38,16 @@ class Report:
     name: str
     returncode: int | None
     reason: str = ""
+    quote: Quote | None = None
 
 
 class Lifeline:
-    """Lines to `num_ranks` keepers, which come to one of `addresses`."""
+    """Lines to `num_ranks` keepers, which come to one of `addresses`.
 
-    def __init__(self, addresses: tuple[str, ...], *, num_ranks: int) -> None:
+    `may_queue`: nobody knows when the first comes; the others are awaited from then on.
+    """
+
+    def __init__(self, addresses: tuple[str, ...], *, num_ranks: int, may_queue: bool = False) -> None:
         family = socket.AF_INET6 if any(":" in address for address in addresses) else socket.AF_INET
         dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         # On one host nobody else needs to get through.
@@ -52,7 +60,7 @@ class Lifeline:
         self._signals: list[int] = []
         self._num_ranks = num_ranks
         self._num_ended = 0
-        self._deadline = time.monotonic() + START_TIMEOUT_S
+        self._deadline = math.inf if may_queue else time.monotonic() + START_TIMEOUT_S
         self.contact = Contact(
             addresses=addresses, port=self._listener.getsockname()[1], word=secrets.token_urlsafe(12)
         )
@@ -77,7 +85,7 @@ class Lifeline:
                 else:
                     reports += self._read(key.data)
         if time.monotonic() > self._deadline and self._num_ended + len(self._lines) < self._num_ranks:
-            self._deadline = float("inf")
+            self._deadline = math.nan
             came = ", ".join(sorted(self.names_running)) or "none"
             reason = f"not all of {self._num_ranks} ranks have come up within {START_TIMEOUT_S:g} s (here are: {came})"
             reports.append(Report("the launch", None, reason))
@@ -120,24 +128,38 @@ class Lifeline:
         if not chunk:
             return self._lost(line, "its keeper is gone without a word: it was killed, or its host was")
         *texts, line.received = (line.received + chunk).split(b"\n")
-        return [report for text in texts for report in self._understood(line, text.decode(errors="replace"))]
-
-    def _understood(self, line: _Line, text: str) -> list[Report]:
-        words = text.split()
-        if line.rank is None:
-            if len(words) != 3 or not secrets.compare_digest(words[0], self.contact.word):
+        reports = []
+        for text in texts:
+            if line.rank is not None:
+                reports.append(self._ended(line, text))
+            elif not self._introduced(line, text):
                 self._drop(line)
-                return []
-            line.rank, line.host = int(words[1]) if words[1].isdecimal() else -1, words[2]
-            self._lines.append(line)
-            for signum in self._signals:  # that came before it
-                self._send(line, f"{signum}\n")
-            return []
+                return reports
+        if line.rank is None and len(line.received) > MAX_FIRST_LINE_BYTES:
+            self._drop(line)
+        return reports
+
+    def _introduced(self, line: _Line, text: bytes) -> bool:
+        """Whether a first line is that of a keeper of ours, which then has its rank."""
+        words = text.split()
+        if len(words) != 3 or not secrets.compare_digest(words[0], self.contact.word.encode()):
+            return False
+        line.rank, line.host = int(words[1]) if words[1].isdigit() else -1, words[2].decode(errors="replace")
+        self._lines.append(line)
+        if self._deadline == math.inf:
+            self._deadline = time.monotonic() + START_TIMEOUT_S
+        for signum in self._signals:  # that came before it
+            self._send(line, f"{signum}\n")
+        return True
+
+    def _ended(self, line: _Line, text: bytes) -> Report:
+        told = json.loads(text)
+        quote = told["quote"] and Quote(told["quote"]["source"], tuple(told["quote"]["lines"]))
         self._lines.remove(line)
         self._num_ended += 1
-        report = Report(_name(line), int(words[1]))
+        report = Report(_name(line), int(told["returncode"]), quote=quote)
         line.rank = None
-        return [report]
+        return report
 
     def _lost(self, line: _Line, reason: str) -> list[Report]:
         self._drop(line)

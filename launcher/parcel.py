@@ -20,13 +20,17 @@ class Contact:
     word: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Parcel:
-    """What to run as a rank: the words after `python -m`, variables to add, and whom to report to, if anybody."""
+    """What to run as a rank: the words after `python -m`, variables to add, and whom to report to, if anybody.
+
+    `log_dir` is where ranks above 0 write on their host; without one they write to the terminal.
+    """
 
     program: tuple[str, ...]
     env: Mapping[str, str]
     contact: Contact | None
+    log_dir: str | None = None
 
 
 def encode(parcel: Parcel) -> str:
@@ -40,5 +44,6 @@ def decode(word: str) -> Parcel:
     return Parcel(
         program=tuple(content["program"]),
         env=content["env"],
+        log_dir=content["log_dir"],
         contact=contact and Contact(**{**contact, "addresses": tuple(contact["addresses"])}),
     )

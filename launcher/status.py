@@ -19,7 +19,6 @@ from launcher.job import EXIT_USAGE, LaunchError
 RECENT_STEPS = 20  # of which the rate is told
 SILENT_S = 300.0  # without a new line in metrics.jsonl, and ten steps' time at least
 TAIL_BYTES = 1 << 20
-_ORDERLY = (0, 75)
 
 Entry = dict[str, Any]
 

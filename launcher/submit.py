@@ -71,6 +71,7 @@ def sbatch_argv(submission: Submission, script: Path) -> tuple[str, ...]:
         "time": s.time,
         "signal": _signal(s.time),
         "array": s.array,
+        "output": None if s.array is None else "slurm-%x-%A_%a.out",
         # Whatever became of it: one that was killed, too, leaves its last checkpoint to go on from.
         "dependency": None if s.depend_on is None else f"afterany:{s.depend_on}",
     }
@@ -105,7 +106,7 @@ def time_limit_s(text: str) -> float:
 
 def _signal(time: str | None) -> str | None:
     # A short job would be told to stop as soon as it has begun.
-    if time is None or time_limit_s(time) >= 4 * WARNING_S:
+    if time is None or not 0 < time_limit_s(time) < 4 * WARNING_S:  # 0: no limit
         return None
     return f"USR1@{time_limit_s(time) // 4:.0f}"
 
@@ -187,9 +188,10 @@ def run(options: argparse.Namespace, overrides: tuple[str, ...]) -> int:
             f"sbatch refused the job (exit status {answer.returncode}); see above", exit_code=EXIT_CLUSTER
         )
     job = answer.stdout.strip().partition(";")[0]  # ID;CLUSTER where there are several
+    element = "" if submission.array is None else "_INDEX"
     say(
-        f"submitted job {job}; its output goes to slurm-{Path(submission.run_file).stem}-{job}.out, that of the ranks "
-        f"to slurm-logs/{job}/"
+        f"submitted job {job}; its output goes to slurm-{Path(submission.run_file).stem}-{job}{element}.out (unless "
+        f"--sbatch says otherwise), that of the ranks to slurm-logs/{job}{element}/"
     )
     print(job)
     return 0

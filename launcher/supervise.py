@@ -20,6 +20,7 @@ from launcher.commands import Command
 from launcher.guard import Guard
 from launcher.job import EXIT_CLUSTER, EXIT_REQUEUE, EXIT_STUCK, LaunchError
 from launcher.lifeline import Lifeline, Report
+from launcher.logs import Log, Quote, open_log, tail
 from launcher.processes import (
     adopt_orphans,
     descendants,
@@ -44,14 +45,6 @@ KILL_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
-class Log:
-    """Where a process writes, and where in that file this launch began."""
-
-    path: Path
-    start: int
-
-
-@dataclass(frozen=True)
 class Child:
     """A process started by the launcher, leader of its own session."""
 
@@ -67,7 +60,7 @@ class Ended:
     name: str
     code: int
     words: str
-    log: Log | None
+    quote: Quote | None = None  # None: it wrote to the terminal
     was_asked: bool = False  # killed by the very signal that was passed on to it
 
     @property
@@ -225,10 +218,10 @@ class _Launch:
 
     def _reported(self, report: Report) -> Ended:
         if report.returncode is None:
-            return Ended(report.name, EXIT_CLUSTER, report.reason, log=None)
+            return Ended(report.name, EXIT_CLUSTER, report.reason)
         code = report.returncode if report.returncode >= 0 else 128 - report.returncode
         asked = -report.returncode in self._passed_on
-        return Ended(report.name, code, in_words(report.returncode), None, asked)
+        return Ended(report.name, code, in_words(report.returncode), report.quote, asked)
 
     def _left_ranks(self, child: Child, returncode: int) -> Ended:
         ended = self._ended(child, returncode)
@@ -239,7 +232,8 @@ class _Launch:
 
     def _ended(self, child: Child, returncode: int) -> Ended:
         code = returncode if returncode >= 0 else 128 - returncode
-        return Ended(child.command.name, code, in_words(returncode), child.log, -returncode in self._passed_on)
+        quote = None if child.log is None else Quote(str(child.log.path), tuple(tail(child.log)))
+        return Ended(child.command.name, code, in_words(returncode), quote, -returncode in self._passed_on)
 
 
 def in_words(returncode: int) -> str:
@@ -292,7 +286,7 @@ def _left_early(launch: _Launch, grace_s: float) -> Ended:
     words = f"{first.words}, and {grace_s:g} s later there still ran: {others}"
     # 75 says that all ranks had agreed on a published checkpoint: what hangs after that costs nothing.
     stopped = any(ended.code == EXIT_REQUEUE for ended in launch.ended)
-    return Ended(first.name, EXIT_REQUEUE if stopped else EXIT_STUCK, words, first.log)
+    return Ended(first.name, EXIT_REQUEUE if stopped else EXIT_STUCK, words, first.quote)
 
 
 def _end_others(launch: _Launch, grace_s: float) -> None:
@@ -358,10 +352,7 @@ def _start(command: Command, log_dir: Path, mask: Collection[signal.Signals]) ->
     log = None
     output: IO[bytes] | None = None
     if not command.to_terminal:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        path = log_dir / f"{command.name.replace(' ', '-')}.log"
-        output = path.open("ab")
-        log = Log(path, output.tell())
+        log, output = open_log(log_dir, command.name)
     try:
         process = subprocess.Popen(
             command.argv,

@@ -4,13 +4,15 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from sft_dist.config import RunConfig
 from sft_dist.distributed import preflight
 from sft_dist.distributed.world import World, find_world, time_all_reduce
-from sft_dist.errors import ClusterError, ExitCode
+from sft_dist.errors import ClusterError, ConfigError, ExitCode
+from sft_dist.estimate import checkpoint_bytes
 
 ALL_REDUCE_BYTES = 64 * 1024**2
 TIMEOUT_S = 120.0
@@ -26,11 +28,11 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     world = find_world(env)
     run_dir = Path(config.run_dir)
     facts = preflight.look(world, paths=needed_paths(config), run_dir=run_dir)
-    on_gpu = torch.cuda.is_available() and facts.gpu != "none"
+    if facts.gpu != "none":
+        torch.cuda.set_device(world.local_rank)
     try:
-        if on_gpu:
-            torch.cuda.set_device(world.local_rank)
-        start(world, on_gpu=on_gpu, timeout_s=TIMEOUT_S)
+        # Of CPUs: where a host lacks its GPUs the others are to hear of it.
+        start(world, on_gpu=False, timeout_s=TIMEOUT_S)
     except ClusterError as error:
         seen = "".join(f"\n  {facts.host}: {fault}" for fault in facts.faults)
         raise ClusterError(f"{error}{seen}") from error
@@ -38,14 +40,27 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     facts = replace(facts, clock_s=time.time())
     facts = replace(facts, faults=(*facts.faults, *_unshared(world, preflight.nearest_existing(run_dir))))
     everybody = collectives.gather(facts)
-    seconds = time_all_reduce(ALL_REDUCE_BYTES, on_gpu=on_gpu) if world.size > 1 else 0.0
-    found = preflight.problems(everybody)
+    found = preflight.problems(everybody, need_gib=_checkpoint_gib(config))
     if world.is_main:
         print(preflight.table(everybody))
-        print(_network(world, seconds))
-        print(f"{len(found)} problems:" if found else "ready", *found, sep="\n  ", flush=True)
+        print(f"{len(found)} problem{'s' if len(found) > 1 else ''}:" if found else "no problem of a host", *found,
+              sep="\n  ", flush=True)  # fmt: skip
+    if world.size > 1 and len({facts.gpu for facts in everybody}) == 1:
+        seconds = time_all_reduce(ALL_REDUCE_BYTES, on_gpu=facts.gpu != "none")
+        if world.is_main:
+            print(_network(world, seconds), flush=True)
+    if world.is_main and not found:
+        print("ready", flush=True)
     collectives.barrier()  # the first to leave with 69 has the launcher end the others
     return ExitCode.CLUSTER if found else ExitCode.DONE
+
+
+def _checkpoint_gib(config: RunConfig) -> float:
+    """What a checkpoint takes; 0 where the model cannot be read, which is told of a path that is not there."""
+    try:
+        return checkpoint_bytes(config) / 2**30
+    except ConfigError:
+        return 0.0
 
 
 def needed_paths(config: RunConfig) -> dict[str, str]:
@@ -78,7 +93,8 @@ def _unshared(world: World, folder: Path) -> list[str]:
     if world.is_main:
         seen = True
     else:
-        os.listdir(folder)  # a network file system then asks its server
+        with suppress(OSError):
+            os.listdir(folder)  # a network file system then asks its server
         seen = path.exists()
     refused_by_main = collectives.from_main(refused)
     collectives.barrier()
@@ -91,8 +107,6 @@ def _unshared(world: World, folder: Path) -> list[str]:
 
 
 def _network(world: World, seconds: float) -> str:
-    if world.size == 1:
-        return "one rank: no network is needed"
     moved = 2 * (world.size - 1) / world.size * ALL_REDUCE_BYTES
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "unknown")
     return (

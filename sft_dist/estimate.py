@@ -192,6 +192,18 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
     )
 
 
+def checkpoint_bytes(config: RunConfig) -> int:
+    """On disk, from config.json alone. Raises ConfigError for models that cannot be read."""
+    import torch
+
+    from sft_dist.model import loading, memory
+
+    model_config = loading.load_config(config.model, config.data.max_length)
+    code = config.model.trust_remote_code
+    causal_lm = memory.model_without_weights(model_config, torch.bfloat16, trust_remote_code=code)
+    return _STATE_BYTES * memory.sizes_of(causal_lm).num_parameters
+
+
 def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None:
     """None where it cannot be told from the model's config.json what it costs."""
     cost = cost_model(config.model, is_main=True) if data is None else data[1].cost_model

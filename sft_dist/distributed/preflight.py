@@ -21,6 +21,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "num
 STALE_LOCK_S = 600.0
 MAX_CLOCK_SPREAD_S = 30.0
 _GIB = 1024**3
+_SHOWN = ("python", "torch", "transformers", "deepspeed", "code")  # in the table; the others where they differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def look(world: World, *, paths: Mapping[str, str], run_dir: Path) -> Facts:
         num_gpus=num_gpus,
         free_gib=shutil.disk_usage(writable).free / _GIB,
         clock_s=0.0,
-        same=_versions(torch.version.cuda) | {"GPU driver": _driver() if on_gpu else "none"},
+        same=versions(torch.version.cuda) | {"GPU driver": _driver() if on_gpu else "none"},
         faults=tuple(faults),
     )
 
@@ -90,8 +91,11 @@ def nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
-def problems(everybody: Sequence[Facts], *, need_gib: float = 1.0) -> list[str]:
-    """Everything that is wrong, in one line each; hosts that share a fault are named together. Pure."""
+def problems(everybody: Sequence[Facts], *, need_gib: float) -> list[str]:
+    """Everything that is wrong, in one line each; hosts that share a fault are named together. Pure.
+
+    `need_gib`: of a checkpoint, where the run folder is to be.
+    """
     first = everybody[0]
     found: dict[str, list[str]] = {}
 
@@ -110,7 +114,7 @@ def problems(everybody: Sequence[Facts], *, need_gib: float = 1.0) -> list[str]:
         if facts.gpu != first.gpu:
             add(f"GPU: {facts.gpu} here, {first.gpu} on {first.host}", facts)
         if facts.free_gib < need_gib:
-            add(f"run_dir: {facts.free_gib:.2f} GiB of disk are free, {need_gib:g} GiB is the least", facts)
+            add(f"run_dir: {facts.free_gib:,.2f} GiB of disk are free, a checkpoint takes {need_gib:,.2f} GiB", facts)
         if (spread := abs(facts.clock_s - first.clock_s)) > MAX_CLOCK_SPREAD_S:
             add(f"clock: {spread:.0f} s away from that of {first.host}; have the host synchronise it", facts)
     return [f"{', '.join(hosts)}: {problem}" for problem, hosts in found.items()]
@@ -121,19 +125,19 @@ def table(everybody: Sequence[Facts]) -> str:
     by_host: dict[str, list[Facts]] = {}
     for facts in everybody:
         by_host.setdefault(facts.host, []).append(facts)
-    rows = [("host", "ranks", "GPUs", "free disk", "clock", "torch", "code")]
+    rows: list[tuple[str, ...]] = [("host", "ranks", "GPUs", "driver", "free disk", "clock", *_SHOWN)]
     for host, group in by_host.items():
         one = group[0]
         gpus = f"{one.num_gpus} x {one.gpu}" if one.num_gpus else "none"
         clock = f"{one.clock_s - everybody[0].clock_s:+.1f} s"
-        rows.append((
-            host, str(len(group)), gpus, f"{one.free_gib:.1f} GiB", clock, one.same["torch"], one.same["code"],
-        ))  # fmt: skip
+        driver, *versions = (one.same.get(key, "none") for key in ("GPU driver", *_SHOWN))
+        rows.append((host, str(len(group)), gpus, driver, f"{one.free_gib:.1f} GiB", clock, *versions))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _versions(cuda: str | None) -> dict[str, str]:
+def versions(cuda: str | None = None) -> dict[str, str]:
+    """Of Python, of packages and of this code; `cuda` is that of torch."""
     found = {"python": sys.version.split()[0], "CUDA of torch": cuda or "none", "code": _code_digest()}
     for package in PACKAGES:
         try:

@@ -105,17 +105,30 @@ def start(world: World, *, on_gpu: bool, timeout_s: float = 1_800.0) -> None:
 
 
 def time_all_reduce(num_bytes: int, *, on_gpu: bool) -> float:
-    """Seconds of an all-reduce of float32 over all ranks, the best of three after one to warm up. A collective."""
+    """Seconds of an all-reduce of float32 over all ranks, the best of three after one to warm up. A collective.
+
+    `on_gpu` must be the same on all of them. Raises ClusterError where they do not get through to each other.
+    """
     import torch
     import torch.distributed as dist
 
-    tensor = torch.zeros(num_bytes // 4, device="cuda" if on_gpu else "cpu")
+    try:
+        group = dist.new_group(backend="nccl") if on_gpu else dist.group.WORLD
+        return _time_all_reduce(torch.zeros(num_bytes // 4, device="cuda" if on_gpu else "cpu"), group)
+    except RuntimeError as error:
+        raise ClusterError(f"all-reduce between {'GPUs' if on_gpu else 'hosts'}: {error}") from error
+
+
+def _time_all_reduce(tensor: Any, group: Any) -> float:
+    import torch
+    import torch.distributed as dist
+
     times = []
     for _ in range(4):
         dist.barrier()
         begun = time.monotonic()
-        dist.all_reduce(tensor)
-        if on_gpu:
+        dist.all_reduce(tensor, group=group)
+        if tensor.is_cuda:
             torch.cuda.synchronize()
         times.append(time.monotonic() - begun)
     return min(times[1:])

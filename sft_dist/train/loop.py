@@ -251,7 +251,7 @@ class Run:
 
     def _reason_to_stop(self, step: int) -> str | None:
         """Agreed over all ranks, once a step."""
-        signal_name = self.stop.agreed()
+        signal_name = self.stop.agreed(saving_s=self._saver.saving_s)
         if signal_name is not None:
             return f"stopped by {signal_name}"
         if step == self.config.checkpoint.stop_at_step:

@@ -19,7 +19,7 @@ READY = [ONE, replace(ONE, rank=1, local_rank=1), replace(ONE, rank=2, host="n2"
 
 
 def test_a_cluster_that_is_ready_has_no_problems_and_a_line_for_each_host() -> None:
-    assert problems(READY) == []
+    assert problems(READY, need_gib=100) == []
     lines = table(READY).splitlines()
     assert [line.split()[:2] for line in lines] == [["host", "ranks"], ["n1", "2"], ["n2", "2"]]
     assert "2 x H200" in lines[2] and "100.0 GiB" in lines[2]
@@ -31,19 +31,19 @@ def test_a_cluster_that_is_ready_has_no_problems_and_a_line_for_each_host() -> N
         ({"same": SAME | {"torch": "2.11.0"}}, "n2: torch: 2.11.0 here, 2.13.0 on n1 (rank 0)"),
         ({"same": {**SAME, "code": "xyz"}}, "n2: code: xyz here, abc on n1 (rank 0)"),
         ({"gpu": "A100"}, "n2: GPU: A100 here, H200 on n1"),
-        ({"free_gib": 0.25}, "n2: run_dir: 0.25 GiB of disk are free, 1 GiB is the least"),
+        ({"free_gib": 0.25}, "n2: run_dir: 0.25 GiB of disk are free, a checkpoint takes 1.00 GiB"),
         ({"clock_s": 1_090.0}, "n2: clock: 90 s away from that of n1; have the host synchronise it"),
         ({"faults": ("model.path: /m is not there",)}, "n2: model.path: /m is not there"),
     ],
 )
 def test_each_problem_is_told_once_a_host(changes: dict, expected: str) -> None:
-    assert problems([*READY[:2], *(replace(facts, **changes) for facts in READY[2:])]) == [expected]
+    assert problems([*READY[:2], *(replace(facts, **changes) for facts in READY[2:])], need_gib=1) == [expected]
 
 
 def test_all_problems_are_told_together_and_shared_ones_once() -> None:
     faulty = [replace(facts, faults=("model.path: /m is not there",)) for facts in READY]
     faulty[3] = replace(faulty[3], free_gib=0.0, same=SAME | {"GPU driver": "535"})
-    assert [problem.split(":")[:2] for problem in problems(faulty)] == [
+    assert [problem.split(":")[:2] for problem in problems(faulty, need_gib=1)] == [
         ["n1, n2", " model.path"], ["n2", " GPU driver"], ["n2", " run_dir"],
     ]  # fmt: skip
 
@@ -82,5 +82,5 @@ def test_two_ranks_check_their_host(place: Place, tmp_path: Path, monkeypatch: p
     missing.rename(place.folder / "away")
     done = run_ranks(2, words)
     assert [rank.returncode for rank in done] == [69, 69]
-    assert "2 problems:" in done[0].stdout
+    assert "2 problems:" in done[0].stdout and "all-reduce of 64 MiB" in done[0].stdout
     assert f"data 1: {missing} is not there" in done[0].stdout and f"{lock}: a lock left by a build" in done[0].stdout

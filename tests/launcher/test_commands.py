@@ -81,7 +81,7 @@ def test_deepspeed_over_hosts_carries_environment_and_arguments_in_one_word() ->
 
 
 def test_torchrun_is_told_its_place_among_the_nodes() -> None:
-    second = replace(job(via="torchrun"), num_nodes=2, node_rank=1, master_addr="n1")
+    second = replace(job(via="torchrun"), num_nodes=2, node_rank=1, master_addr="n1", is_port_asked=True)
     (command,) = commands(second, FACTS)
     assert command.argv == (
         *(PYTHON, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--node-rank=1"),
@@ -118,6 +118,20 @@ def test_srun_starts_a_task_a_rank() -> None:
         *(PYTHON, "-m", *PROGRAM),
     )
     assert command.env == {"SFT_DIST_LAUNCHER": "srun", "SRUN_CPUS_PER_TASK": "12"}
+    (kept,) = commands(job(via="srun"), replace(FACTS, contact=CONTACT, log_dir="/logs"))
+    assert kept.argv[-3:-1] == ("-m", "launcher.keeper")
+    assert decode(kept.argv[-1]) == Parcel(PROGRAM, {}, CONTACT, "/logs")  # srun hands on the environment by itself
+
+
+@pytest.mark.parametrize("via", ["mpirun", "srun"])
+@pytest.mark.parametrize("address", [None, "n1"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_the_command_line_says_of_rank_0_reaches_the_ranks(via: Via, address: str | None, asked: bool) -> None:
+    (command,) = commands(
+        replace(job(via=via), master_addr=address, is_port_asked=asked), replace(FACTS, mpiexec=MPICH)
+    )
+    told = {name: value for name, value in command.env.items() if name.startswith("MASTER_")}
+    assert told == ({"MASTER_ADDR": "n1"} if address else {}) | ({"MASTER_PORT": "23456"} if asked else {})
 
 
 @pytest.mark.parametrize(
@@ -153,6 +167,7 @@ def test_secrets_and_facts_of_one_host_are_not_forwarded() -> None:
         "x",
     )
     assert sorted(forwarded(environ)) == sorted(list(environ)[:6])
+    assert forwarded({"HTTPS_PROXY": "http://me:secret@proxy:3128", "I_MPI_FABRICS": "ofi"}) == {"I_MPI_FABRICS": "ofi"}
 
 
 @pytest.mark.parametrize("text", ["a b", "$HOME `id`", "'\"\\", "ü\n"])
@@ -197,6 +212,10 @@ def test_a_hostfile_without_hosts_or_that_is_not_there_is_an_error(tmp_path: Pat
         ({"via": "deepspeed", "num_nodes": 2}, "needs --hostfile"),
         ({"via": "mpirun", "num_nodes": 2}, "needs --hostfile"),
         ({"via": "torchrun", "num_nodes": 2}, "--master-addr"),
+        (
+            {"via": "torchrun", "num_nodes": 2, "master_addr": "n1"},
+            "and --master-port",
+        ),
         ({"via": "srun", "hosts": TWO_HOSTS, "num_nodes": 2}, "not for --via srun"),
         ({"via": "deepspeed", "node_rank": 1}, "--node-rank"),
         ({"num_nodes": 0}, "--nodes must be at least 1"),

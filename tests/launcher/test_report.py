@@ -1,39 +1,28 @@
-"""Which code a launch ends with, and what is read from logs, /proc and outcome.json on the way."""
+"""Which code a launch ends with, and what is read from logs and /proc on the way."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import pytest
-
+from launcher.logs import Log, Quote, tail
 from launcher.processes import parse_stat
-from launcher.report import judge, tail
-from launcher.rundir import Outcome, outcome_mark, read_outcome
-from launcher.supervise import Ended, Ending, Log
+from launcher.report import judge
+from launcher.supervise import Ended, Ending
 
 
-def failed(code: int) -> Ending:
-    return Ending(code, Ended("srun", code, f"exit status {code}", log=None))
-
-
-@pytest.mark.parametrize(
-    ("ending", "outcome", "code"),
-    [
-        (failed(1), Outcome(75, "stopped by SIGTERM"), 75),
-        (failed(137), Outcome(70, "loss is not finite"), 70),
-        (failed(137), None, 137),
-        (Ending(0), None, 0),
-        (Ending(0, num_left_behind=2), Outcome(75, "stopped by SIGUSR1"), 75),
-        (Ending(130, at_once=True), Outcome(75, "stopped by SIGINT"), 130),
-    ],
-)
-def test_an_outcome_comes_first_and_the_code_second(ending: Ending, outcome: Outcome | None, code: int) -> None:
-    assert judge(ending, outcome=outcome).code == code
+def test_the_code_is_that_of_the_ending_and_the_failure_is_quoted() -> None:
+    failure = Ended("rank 1 on n2", 65, "exit status 65", Quote("n2:/logs/rank-1.log", ("no such file",)))
+    verdict = judge(Ending(65, failure))
+    assert verdict.code == 65
+    assert verdict.lines == (
+        "the last lines of rank 1 on n2 (n2:/logs/rank-1.log):",
+        "| no such file",
+        "rank 1 on n2 failed first: exit status 65 (exit code 65)",
+    )
 
 
 def test_processes_that_survive_sigkill_are_named() -> None:
-    verdict = judge(Ending(0, immortal=(12, 13)), outcome=None)
+    verdict = judge(Ending(0, immortal=(12, 13)))
     assert "12, 13" in verdict.lines[0]
 
 
@@ -46,24 +35,6 @@ def test_the_tail_holds_the_last_lines_of_this_launch_only(tmp_path: Path) -> No
         file.write("".join(f"line {i}\n" for i in range(30)).encode() + b"1%\r50%\r100%\r\n\xff tail")
     assert tail(log, num_lines=3) == ["line 29", "100%", "\ufffd tail"]
     assert tail(log)[0] == "line 12"
-
-
-def test_an_outcome_counts_only_when_it_was_written_since(tmp_path: Path) -> None:
-    path = tmp_path / "outcome.json"
-    assert read_outcome(tmp_path, mark_before=outcome_mark(tmp_path)) is None
-    path.write_text(json.dumps({"exit_code": 0, "reason": "done", "step": 9}))
-    assert read_outcome(tmp_path, mark_before=None) == Outcome(0, "done")
-    mark = outcome_mark(tmp_path)
-    assert read_outcome(tmp_path, mark_before=mark) is None
-    path.with_suffix(".tmp").write_text(json.dumps({"exit_code": 75, "reason": "stopped", "step": 9}))
-    path.with_suffix(".tmp").replace(path)
-    assert read_outcome(tmp_path, mark_before=mark) == Outcome(75, "stopped")
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"exit_code": "soon"}'])
-def test_a_broken_outcome_is_none(tmp_path: Path, content: str) -> None:
-    (tmp_path / "outcome.json").write_text(content)
-    assert read_outcome(tmp_path, mark_before=None) is None
 
 
 def test_a_process_name_with_blanks_and_brackets_is_read() -> None:

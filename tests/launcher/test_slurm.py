@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from launcher.restarts import Restarts
 
 from .conftest import ROOT, TIMEOUT_S, Launch
 
@@ -21,7 +25,11 @@ STAND_INS = {
     "scontrol": """
         case "$1 $2" in
             "show hostnames") echo "${FAKE_HOST:-localhost}"; echo node2 ;;
-            "show job") echo "JobId=1 JobState=${JOB_STATE:-RUNNING} EndTime=${END_TIME:-Unknown} Reason=None" ;;
+            "show job")
+                # Asked for the plain id of an array, or of its last element, Slurm answers with all of them.
+                [ "$4" = "${SLURM_ARRAY_JOB_ID:-}" ] && echo "JobId=0 JobState=PENDING EndTime=Unknown Reason=None"
+                [[ " ${SILENT:-} " == *" $(grep -c 'scontrol show job' "$CALLS") "* ]] && exit 1
+                echo "JobId=1 JobState=${JOB_STATE:-RUNNING} EndTime=${END_TIME:-Unknown} Reason=None" ;;
             "show node") echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.1.2.3 NodeHostName=$3 Version=22.05" ;;
             requeue*) exit "${REQUEUE_CODE:-0}" ;;
         esac""",
@@ -52,9 +60,13 @@ class Result:
 
 
 def submit(
-    tmp_path: Path, *arguments: str, env: dict[str, str] | None = None, signum: signal.Signals | None = None
+    tmp_path: Path,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    signum: signal.Signals | None = None,
+    before: int = 75,
 ) -> Result:
-    """Run the script to its end, sending it `signum` once rank 0 is up."""
+    """Run the script to its end, sending it `signum` once rank 0 is up; the start before ended with `before`."""
     programs, run_dir, package = tmp_path / "bin", tmp_path / "run folder", tmp_path / "sft_dist"
     for folder in (programs, run_dir, package):
         folder.mkdir()
@@ -66,7 +78,7 @@ def submit(
     shutil.copy(Path(__file__).with_name("stub_rank.py"), package / "__main__.py")
     (run_dir / "run.yaml").touch()
     (run_dir / "go").touch()
-    (run_dir / "outcome.json").write_text('{"exit_code": 75, "reason": "of an earlier start", "step": 1}')
+    (run_dir / "outcome.json").write_text(f'{{"exit_code": {before}, "reason": "of an earlier start", "step": 1}}')
     job = subprocess.Popen(
         ["bash", str(SCRIPT), str(run_dir / "run.yaml"), *arguments],
         cwd=tmp_path,
@@ -115,8 +127,12 @@ def test_the_ranks_are_told_where_rank_0_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("array", "expected"),
-    [({}, "123456"), ({"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7"}, "99_7")],
-    ids=["job", "array element"],
+    [
+        ({}, "123456"),
+        ({"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7"}, "99_7"),
+        ({"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "7"}, "123456_7"),
+    ],
+    ids=["job", "array element", "array element with the id of the array"],
 )
 def test_75_requeues_this_job_and_no_other(tmp_path: Path, array: dict[str, str], expected: str) -> None:
     result = submit(tmp_path, "all=exit:75", env=array)
@@ -139,8 +155,83 @@ def test_the_outcome_comes_before_the_code_of_srun(tmp_path: Path) -> None:
 
 
 def test_the_outcome_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
-    result = submit(tmp_path, "all=exit:70")
-    assert (result.code, result.requeued) == (70, [])
+    result = submit(tmp_path, "all=exit:65")
+    assert (result.code, result.requeued) == (65, [])
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 65, 69, 70, 74, 75, 76, 78, 137])
+def test_what_is_tried_again_is_what_sft_launch_tries_again(tmp_path: Path, code: int) -> None:
+    result = submit(tmp_path, f"all=exit:{code}", f"outcome={code}")
+    assert result.requeued == (["123456"] if Restarts(after_stop=True).may_mend(code) else [])
+    assert result.code == code
+    assert f"rank 0 leaves with {code}: received []" in result.stdout
+
+
+@pytest.mark.parametrize("silent", ["1", "2", "1 2 3"])
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path, silent: str) -> None:
+    env = {"SILENT": silent, "END_TIME": "2999-01-01T00:00:00", "TZ": "UTC"}
+    result = submit(tmp_path, "all=exit:75", env=env)
+    assert (result.code, result.requeued) == (75, ["123456"])
+    assert '"SLURM_JOB_END_TIME": "32472144000"' in (result.run_dir / "rank-0.json").read_text()
+
+
+def test_a_controller_that_is_gone_costs_no_requeue_and_sets_no_end(tmp_path: Path) -> None:
+    env = {"SILENT": "1 2", "SFT_SLURM_PATIENCE_S": "0"}
+    assert submit(tmp_path, "all=exit:75", env=env).requeued == ["123456"]
+    assert "SLURM_JOB_END_TIME" not in (tmp_path / "run folder" / "rank-0.json").read_text()
+
+
+def test_an_array_element_has_arguments_and_a_folder_of_its_own(tmp_path: Path) -> None:
+    env = {"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7"}
+    result = submit(tmp_path, "seed=%a", "name=run-%a-%a", env=env)
+    assert f"seed=7 name=run-7-7 run_dir={result.run_dir}-7\n" in result.calls
+    assert (tmp_path / "slurm-logs" / "99_7" / "starts").exists()
+
+
+def test_an_array_element_may_be_given_its_folder(tmp_path: Path) -> None:
+    env = {"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7"}
+    assert "run.yaml run_dir=mine/7\n" in submit(tmp_path, "run_dir=mine/%a", env=env).calls
+
+
+def test_ranks_get_the_cores_that_were_asked_for(tmp_path: Path) -> None:
+    submit(tmp_path)
+    told = json.loads((tmp_path / "run folder" / "rank-0.json").read_text())["env"]
+    assert (told["SRUN_CPUS_PER_TASK"], told["OMP_NUM_THREADS"]) == ("12", "12")
+
+
+def test_the_facts_of_a_site_are_read(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_text("export SITE=here\nSFT_MAX_FRUITLESS=0\n")
+    result = submit(tmp_path, env={"SFT_ENV_FILE": str(tmp_path / "site.sh")})
+    assert result.code == 76
+    assert "0 starts brought no new checkpoint (the newest is none)" in result.stdout
+
+
+def test_facts_of_a_site_that_are_not_there_are_missed(tmp_path: Path) -> None:
+    result = submit(tmp_path, env={"SFT_ENV_FILE": "/no/such/file"})
+    assert result.code == 2 and "SFT_ENV_FILE=/no/such/file: no such file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("starts", "code"), [("none\nnone\nnone\n", 76), ("none\nnone\n", 0), ("none\nold\nnone\nnone\n", 0)]
+)
+def test_starts_in_a_row_that_bring_nothing_have_an_end(tmp_path: Path, starts: str, code: int) -> None:
+    (tmp_path / "slurm-logs" / "123456").mkdir(parents=True)
+    (tmp_path / "slurm-logs" / "123456" / "starts").write_text(starts)
+    assert submit(tmp_path).code == code
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "starts"), [(0, 0, False), (78, 78, False), (76, 76, False), (70, 0, True), (75, 0, True)]
+)
+def test_a_link_of_a_chain_does_what_is_left(tmp_path: Path, before: int, code: int, starts: bool) -> None:
+    result = submit(tmp_path, env={"SLURM_JOB_DEPENDENCY": "afterany:1"}, before=before)
+    assert (result.code, "sft_dist train" in result.calls) == (code, starts)
+
+
+def test_what_slurm_reads_of_the_script() -> None:
+    options = re.findall(r"^#SBATCH --(\S+)", SCRIPT.read_text(), re.MULTILINE)
+    # Without the first the loss of a node ends the job; without the second a restart empties the log.
+    assert {"requeue", "open-mode=append", "signal=USR1@300"} <= set(options)
 
 
 @pytest.mark.parametrize("action", ["outcome=69", "told=no"])
@@ -156,7 +247,7 @@ def test_a_rank_that_was_killed_is_tried_again(tmp_path: Path, code: int) -> Non
 
 
 def test_other_codes_are_tried_again_on_request(tmp_path: Path) -> None:
-    assert submit(tmp_path, "all=exit:70", env={"SFT_REQUEUE_CODES": "1 70"}).requeued == ["123456"]
+    assert submit(tmp_path, "all=exit:65", env={"SFT_REQUEUE_CODES": "2 65"}).requeued == ["123456"]
 
 
 @pytest.mark.parametrize(("end_time", "requeued"), [("2001-01-01T00:00:00", ["123456"]), ("2999-01-01T00:00:00", [])])
