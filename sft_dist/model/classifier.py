@@ -27,6 +27,11 @@ _PROBLEM_TYPES = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
+# Encoders whose tokens learn where they are from position ids alone, and of others through attention alone: packed,
+# their samples are exact. A new head's small logits say too little of a small leak, so others are refused by name.
+_PACKED_ENCODERS = {
+    *("albert", "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "roberta", "xlm-roberta"),
+}
 _INIT_STD = 0.02  # of ω, where config.json has no initializer_range
 _NAMED = 5
 
@@ -65,9 +70,10 @@ def choose_attention(config: RunConfig, model_config: Any, *, dtype: torch.dtype
             device_type=loading.device_type(),
             dtype=dtype,
         )
-    if getattr(model_config, "is_encoder_decoder", False):
+    if model_config.model_type not in _PACKED_ENCODERS:
         raise ConfigError(
-            f"model.path: {model_config.model_type} is an encoder with a decoder; no head is known for it"
+            f"model.path: {model_config.model_type} is not known to keep the samples of a pack apart; these do: "
+            f"{', '.join(sorted(_PACKED_ENCODERS))}"
         )
     if config.model.attention != "auto":
         raise ConfigError(

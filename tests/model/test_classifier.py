@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from sft_dist.config import HeadConfig
+from sft_dist.config import HeadConfig, ModelConfig, RunConfig
 from sft_dist.data.sample import Sample, Span
 from sft_dist.data.selection import Example
+from sft_dist.errors import ConfigError
 from sft_dist.model import attention, bidirectional
 from sft_dist.model.batch import collate
-from sft_dist.model.classifier import Classifier, last_tokens
+from sft_dist.model.classifier import Classifier, choose_attention, last_tokens
 from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.layers import decoder_layers
 from tests.helpers.encoders import ENCODERS, build_encoder, make_labelled
@@ -230,3 +231,10 @@ def test_a_frozen_backbone_stays_and_its_head_is_trained(gradients: dict[tuple[i
     assert len(inside) > 30
     assert all(torch.equal(frozen["second"][name], frozen["start"][name]) for name in inside)
     assert float((frozen["second"]["classifier.weight"] - frozen["start"]["classifier.weight"]).abs().min()) > 0
+
+
+@pytest.mark.parametrize("family", ["mpnet", "deberta-v2", "modernbert", "bart", "roformer"])
+def test_an_encoder_that_cannot_be_packed_exactly_is_refused_by_name(family: str) -> None:
+    config = RunConfig(run_dir="unused", model=ModelConfig(path="unused"), head=HeadConfig(kind="single_label"))
+    with pytest.raises(ConfigError, match=f"{family} is not known to keep the samples of a pack apart"):
+        choose_attention(config, AutoConfig.for_model(family), dtype=torch.float32)
