@@ -77,21 +77,21 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
         case "inspect":
             from sft_dist import inspection
 
-            return inspection.run(_config(options), conversation_id=options.id, num=options.num)
+            return inspection.run(_language_model(options), conversation_id=options.id, num=options.num)
         case "train":
             config = _config(options)
             from sft_dist import training
 
             return training.run(config, os.environ, with_profile=options.profile)
         case "estimate":
-            config = _config(options)
+            config = _language_model(options)
             from sft_dist import estimate
 
             return estimate.run(
                 config, num_gpus=options.gpus, gpu_memory_gib=options.gpu_memory, device_name=options.device
             )
         case "verify":
-            config = _config(options)
+            config = _language_model(options)
             from sft_dist import verify
 
             return verify.run(config, os.environ, num=options.num)
@@ -101,7 +101,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
 
             return checking.run(config, os.environ)
         case "score":
-            config = _config(options)
+            config = _language_model(options)
             from sft_dist.score import verb as score
 
             return score.run(
@@ -137,6 +137,16 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
                 coefficient=options.interpolate,
                 merge=options.merge,
             )
+        case "predict":
+            from sft_dist import prediction
+
+            return prediction.run(
+                Path(options.run),
+                Path(options.file),
+                Path(options.output),
+                os.environ,
+                which=options.checkpoint,
+            )
         case "generate":
             from sft_dist import generation
 
@@ -157,6 +167,19 @@ def _config(options: argparse.Namespace) -> "RunConfig":
     from sft_dist.config import load_config
 
     return load_config(options.run_file, options.overrides)
+
+
+def _language_model(options: argparse.Namespace) -> "RunConfig":
+    """A run file for verbs that know nothing of prediction heads."""
+    config = _config(options)
+    if config.head.kind != "none":
+        from sft_dist.errors import UsageError
+
+        raise UsageError(
+            f"{options.verb}: not known for a prediction head (head.kind: {config.head.kind}); the verbs for heads are "
+            "prepare, check, train, predict and export"
+        )
+    return config
 
 
 def _print_config(options: argparse.Namespace) -> ExitCode:
@@ -270,6 +293,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--merge", action="store_true", help="of adapters: write the whole model, them merged in")
     _checkpoint_option(export)
+    predict = verbs.add_parser("predict", help="labels and probabilities of a file's records, as JSON Lines in order")
+    predict.add_argument("run", metavar="RUN", help="run folder or run file of a training with a head")
+    predict.add_argument("file", metavar="FILE", help="records with text, text and text_pair, or messages")
+    predict.add_argument("-o", "--output", required=True, help="JSON Lines file to write; appears when all is done")
+    _checkpoint_option(predict)
     generate = verbs.add_parser("generate", help="answer a prompt")
     generate.add_argument("--model", required=True, help="model folder, Hub id or run folder")
     generate.add_argument("--prompt", required=True)

@@ -114,7 +114,7 @@ class AdapterConfig(Section):
         return self
 
 
-RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
+RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens", "labelled"]
 
 
 class SourceConfig(Section):
@@ -173,6 +173,38 @@ class ObjectiveConfig(Section):
     """Coefficient of log^2 of the softmax normaliser, added to each target's loss."""
     neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Uniform noise on input embeddings while training, of size alpha / sqrt(tokens of the sample x width)."""
+
+
+def _as_names(value: Any) -> Any:
+    """Labels may be written as numbers."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value)
+
+
+class HeadConfig(Section):
+    kind: Literal["none", "single_label", "multi_label", "regression"] = "none"
+    """A prediction head in the place of the language model's: one of several labels, any of several labels, or numbers;
+    none: language modelling. Records are then texts, pairs of texts or messages with a `label`."""
+    labels: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ()
+    """Names of the head's outputs in the order of their ids; empty: those of the training data, sorted."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the head's own parameters; default: optimizer.learning_rate."""
+    freeze_backbone: bool = False
+    """Train the head alone: all pre-trained parameters stay as they are, and the backbone runs without dropout."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> "HeadConfig":
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise ValueError(f"labels: {twice!r} is there twice")
+        if "" in self.labels:
+            raise ValueError("labels: one of them is empty")
+        if self.kind == "none" and (self.labels or self.learning_rate is not None or self.freeze_backbone):
+            raise ValueError("kind: none has no labels, learning_rate or freeze_backbone; set kind to single_label ...")
+        if self.kind == "single_label" and len(self.labels) == 1:
+            raise ValueError("labels: a choice needs at least two")
+        return self
 
 
 class BatchConfig(Section):
@@ -317,6 +349,7 @@ class RunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    head: HeadConfig = HeadConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     anchor: AnchorConfig = AnchorConfig()
@@ -369,6 +402,29 @@ class RunConfig(Section):
                     raise ValueError(
                         f"{key}: the model is frozen already, but for its adapters (adapter.kind); leave it out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _head_knows_what_is_asked(self) -> "RunConfig":
+        if self.head.kind == "none":
+            return self
+        if self.data.overflow == "truncate_turns":
+            raise ValueError(
+                "data.overflow: truncate_turns cuts texts that have one label (head.kind); use drop or error"
+            )
+        for key in ("label_smoothing", "z_loss", "neftune_alpha"):
+            if getattr(self.objective, key):
+                raise ValueError(f"objective.{key}: not known with a head (head.kind: {self.head.kind}); leave it out")
+        for key, is_asked in (
+            ("model.control_tokens", self.model.control_tokens),
+            ("model.freeze", self.model.freeze),
+            ("adapter.kind", self.adapter.kind != "none"),
+            ("data.retention", self.data.retention),
+            ("anchor.decay", self.anchor.decay),
+            ("anchor.kl", self.anchor.kl),
+        ):
+            if is_asked:
+                raise ValueError(f"{key}: not known with a head (head.kind: {self.head.kind}); leave it out")
         return self
 
     @model_validator(mode="after")
@@ -454,6 +510,9 @@ TRANSLATIONS = {
     "load_in_4bit": "adapter.quantise: nf4",
     "mask_history": "objective.train_on: last_assistant",
     "dataset_exact_deduplication": "data.deduplicate",
+    "task": "head.kind (single_label, multi_label or regression; none: language modelling)",
+    "problem_type": "head.kind (single_label, multi_label or regression; none: language modelling)",
+    "num_labels": "head.labels (default: those of the training data)",
     "datasets": "data.train",
     "dataset": "data.train",
 }

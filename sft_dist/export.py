@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist import __version__, adapter_export, faults
-from sft_dist.config import ModelConfig, RunConfig
+from sft_dist.config import RunConfig
 from sft_dist.data.tokenizer import load_tokenizer
 from sft_dist.errors import ConfigError, ExitCode, StorageError, say
 from sft_dist.train import contract, rundir
@@ -51,10 +51,10 @@ def run(
     has_adapters = config.adapter.kind != "none"
     if merge and not has_adapters:
         raise ConfigError(f"--merge: {run_dir} has trained all weights: there are no adapters to merge; leave it out")
-    if has_adapters and coefficient != 1.0:
+    if coefficient != 1.0 and (has_adapters or config.head.kind != "none"):
+        what = "adapters" if has_adapters else "a head"
         raise ConfigError(
-            f"--interpolate: {run_dir} has trained adapters: what they add is scaled by adapter.alpha; merge them with "
-            "--merge, which is coefficient 1"
+            f"--interpolate: {run_dir} has trained {what}, which the pre-trained model has not: nothing lies between them"
         )
     values = _values(config, checkpoint, coefficient)
     try:
@@ -62,12 +62,12 @@ def run(
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as private:
             written = Path(private) / output.name  # with the modes that a new folder has, which the private one has not
             written.mkdir()
-            chosen = _write_companions(config.model, checkpoint, written, dtype)
+            chosen = _write_companions(config, checkpoint, written, dtype)
             if has_adapters:
                 difference = adapter_export.write(config, checkpoint, written, chosen, merge=merge)
             else:
                 _write_weights(checkpoint, values, written, chosen)
-                difference = _verify(config.model, checkpoint, values, written, chosen, coefficient)
+                difference = _verify(config, checkpoint, values, written, chosen, coefficient)
             _write_record(config, checkpoint, coefficient, written)
             num_bytes = sum(file.stat().st_size for file in written.glob("*.safetensors"))
             if output.exists():
@@ -78,10 +78,11 @@ def run(
         raise StorageError(f"--output: {output}: cannot be written: {error}") from error
     is_tuned = coefficient == 1.0
     place = "" if is_tuned else f", {coefficient:g} of the way from the pre-trained weights,"
+    compared = "log-probs" if config.head.kind == "none" else "logits"
     print(
         f"exported step {checkpoint.step:,}{place} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, "
-        f"shapes, values and ties verified; probe log-probs {'' if is_tuned else 'at coefficient 1 '}equal the sharded "
-        f"model's to {difference:.1e}"
+        f"shapes, values and ties verified; probe {compared} {'' if is_tuned else 'at coefficient 1 '}equal the "
+        f"sharded model's to {difference:.1e}"
     )
     return ExitCode.DONE
 
@@ -125,23 +126,29 @@ def _write_record(config: RunConfig, checkpoint: Checkpoint, coefficient: float,
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_companions(model: ModelConfig, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> str:
+def _write_companions(run: RunConfig, checkpoint: Checkpoint, folder: Path, dtype: str | None) -> str:
     """Configuration, generation settings, tokenizer and template; returns the name of the export's dtype."""
     import torch
     from transformers import GenerationConfig
 
+    from sft_dist.model.classifier import configuration
     from sft_dist.model.loading import load_config, new_tokens
 
+    model = run.model
     config = load_config(model, max_length=2)
     chosen = dtype or str(checkpoint.manifest["dtype"])
     config.dtype = getattr(torch, chosen)
     added = new_tokens(model)
     if added is not None:
         config.get_text_config().vocab_size = added.num_rows(config)
-    config.save_pretrained(folder)
     tokenizer = load_tokenizer(model)
     tokenizer.chat_template = checkpoint.manifest["template"]
     tokenizer.save_pretrained(folder)
+    if run.head.kind != "none":
+        configuration(run, config).architectures = checkpoint.manifest["architectures"]
+        config.save_pretrained(folder)
+        return chosen
+    config.save_pretrained(folder)
     try:
         generation = GenerationConfig.from_pretrained(model.path)
     except OSError:
@@ -193,17 +200,20 @@ def _assign_files(numel: dict[str, int], item_bytes: int) -> dict[str, str]:
 
 
 def _verify(
-    source: ModelConfig, checkpoint: Checkpoint, values: Values, folder: Path, dtype: str, coefficient: float
+    run: RunConfig, checkpoint: Checkpoint, values: Values, folder: Path, dtype: str, coefficient: float
 ) -> float:
-    """Load as a user would and compare; returns the largest difference of a probe token's log-prob."""
+    """Load as a user would and compare; returns the largest difference of a probe token's log-prob, or logit."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from sft_dist.model import zero
     from sft_dist.model.engine import stored_parameters
-    from sft_dist.model.probe import ROUNDING, plain_logprobs
+    from sft_dist.model.probe import ROUNDING, plain_logits, plain_logprobs
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    source, has_head = run.model, run.head.kind != "none"
+    plain = plain_logits if has_head else plain_logprobs
+    loader: Any = AutoModelForSequenceClassification if has_head else AutoModelForCausalLM
+    model, report = loader.from_pretrained(
         folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=source.trust_remote_code
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -216,13 +226,13 @@ def _verify(
     for name, value in values():
         if not torch.equal(loaded[name], value.to(loaded[name].dtype)):
             raise StorageError(f"export: {name} does not have the values it was written with after loading")
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = has_head or model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if model.config.get_text_config().tie_word_embeddings and not tied:
         raise StorageError("export: the output embedding is no longer tied to the input embedding")
     recorded = checkpoint.manifest["probe"]
 
     def difference() -> float:
-        now = [value for ids in recorded["samples"] for value in plain_logprobs(model, ids)]
+        now = [value for ids in recorded["samples"] for value in plain(model, ids)]
         return max(abs(a - b) for a, b in zip(now, recorded["logprobs"], strict=True))
 
     model.eval().float()

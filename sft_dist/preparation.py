@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,8 +13,9 @@ from zlib import crc32
 import numpy as np
 
 from sft_dist.config import ModelConfig, RunConfig, SourceConfig
-from sft_dist.data import formats
+from sft_dist.data import formats, labels
 from sft_dist.data.cost import BY_TOKENS, CostModel, cost_of_model
+from sft_dist.data.labels import LabelSet
 from sft_dist.data.manifest import summarise
 from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import ALONE, Share, prepare
@@ -34,6 +36,7 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     """
     world = find_world(env)
     share = share_of(world, env)
+    config = with_labels(config, share)
     _check_uniform(config)
     for name, sources, policy_of, check in (
         ("train", config.data.train, policy, _check_trainable),
@@ -67,7 +70,45 @@ def policy(config: RunConfig, sources: Sequence[SourceConfig]) -> Policy:
         deduplicate=data.deduplicate,
         source_weights={formats.source_name(source): source.weight for source in sources},
         repeats={formats.source_name(source): source.repeat for source in sources},
+        labels=label_set(config),
     )
+
+
+def with_labels(config: RunConfig, share: Share = ALONE) -> RunConfig:
+    """A run file with a head, with its sources as labelled records, and head.labels as the training data have them.
+
+    Any other run file as it is. Raises DataError where the training data hold no label of head.kind.
+    """
+    kind = config.head.kind
+    if kind == "none":
+        return config
+    data = config.data.model_copy(
+        update={"train": _labelled(config.data.train), "heldout": _labelled(config.data.heldout)}
+    )
+    config = config.model_copy(update={"data": data})
+    if config.head.labels or not data.train:
+        return config
+    dataset = prepare(data.train, config.model, data, share)
+    distinct, codes = dataset.texts("label")
+    names = labels.find_names(kind, (), distinct, np.bincount(codes, minlength=len(distinct)).tolist())
+    if len(names) < (2 if kind == "single_label" else 1):
+        shown = ", ".join(distinct[:_NAMED])
+        raise DataError(
+            f"data.train: labels for {len(names)} output(s) of a head of kind {kind} were found (such as "
+            f"{shown}); mend `label`, or choose another head.kind"
+        )
+    return config.model_copy(update={"head": config.head.model_copy(update={"labels": names})})
+
+
+def _labelled(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
+    return tuple(
+        source.model_copy(update={"format": "labelled"}) if source.format == "auto" else source for source in sources
+    )
+
+
+def label_set(config: RunConfig) -> LabelSet | None:
+    """What the head of a run file, with its labels, reads in records; None without a head."""
+    return None if config.head.kind == "none" else LabelSet(config.head.kind, config.head.labels)
 
 
 def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Plan]:
@@ -77,7 +118,11 @@ def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Pl
     sources = config.data.train
     selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
     _refuse_overflow(selection, config)
+    _check_labels(selection, config, "data.train", sources)
+    _say_missing_labels(selection, config, is_main=share.rank == 0)
     cost = training_cost(config, is_main=share.rank == 0)
+    if config.head.kind != "none":
+        cost = replace(cost, head_per_target=0.0)  # a few outputs, not the vocabulary
     try:
         plan = _plan(selection, config, config.schedule.epochs, cost)
     except ValueError as error:
@@ -106,8 +151,47 @@ def heldout_set(config: RunConfig, share: Share = ALONE) -> Selection | None:
     _check_uniform(config)
     sources = config.data.heldout
     selection = Selection(prepare(sources, config.model, config.data, share), policy(config, sources))
+    _check_labels(selection, config, "data.heldout", sources)
     _check_scorable(selection, config)
     return selection
+
+
+def _check_labels(selection: Selection, config: RunConfig, name: str, sources: Sequence[SourceConfig]) -> None:
+    """Raise DataError for labels that the head has no number for, as for bad records in general."""
+    if selection.labels is None:
+        return
+    faulty = np.flatnonzero(selection.labels.is_faulty)
+    num = len(selection.labels.codes)
+    if not len(faulty) or (config.data.on_bad_record == "refuse" and len(faulty) <= config.data.max_refused * num):
+        return
+    reasons = Counter(selection.labels.fault(int(sample)).reason for sample in faulty)
+    indices = selection.dataset.column("index")
+    places = formats.places(sources, {int(indices[sample]) for sample in faulty[:_NAMED]})
+    named = "\n".join(
+        f"  {places.get(int(indices[sample])) or selection.dataset[int(sample)].conversation_id}: "
+        f"{selection.labels.fault(int(sample))}"
+        for sample in faulty[:_NAMED]
+    )
+    more = f"\n  and {len(faulty) - _NAMED:,} more" if len(faulty) > _NAMED else ""
+    raise DataError(
+        f"{name}: {len(faulty):,} of {num:,} labels cannot be used: {summarise(reasons)}\n{named}{more}\n"
+        "  mend them, or set data.on_bad_record: refuse (and data.max_refused) to leave such records out, counted and "
+        "listed"
+    )
+
+
+def _say_missing_labels(selection: Selection, config: RunConfig, *, is_main: bool) -> None:
+    """Say which outputs of a classifier no training record has: nothing can be learned of them."""
+    if selection.labels is None or config.head.kind == "regression" or not is_main:
+        return
+    targets = selection.labels.table.targets[selection.labels.codes[selection.samples]]  # [n, width]
+    if config.head.kind == "single_label":
+        counts = np.bincount(targets[:, 0].astype(np.int64), minlength=len(config.head.labels))
+    else:
+        counts = targets.sum(0)
+    if missing := [name for name, count in zip(config.head.labels, counts, strict=True) if not count]:
+        named = ", ".join(missing[:_NAMED]) + (" ..." if len(missing) > _NAMED else "")
+        say(f"warning: {len(missing):,} of {len(counts):,} labels have no training example: {named}")
 
 
 def _check_scorable(selection: Selection, config: RunConfig) -> None:
@@ -319,7 +403,7 @@ def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
                     "reason": left.reason,
                     "num_tokens": left.num_tokens,
                     "num_targets": left.num_targets,
-                    "detail": _detail(left, len(sample.ids), selection.policy),
+                    "detail": _detail(left, len(sample.ids), selection),
                 }
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -360,7 +444,8 @@ def _summary(left_out: LeftOutTable) -> str:
     )
 
 
-def _detail(left: LeftOut, length: int, policy: Policy) -> str:
+def _detail(left: LeftOut, length: int, selection: Selection) -> str:
+    policy = selection.policy
     limit = f"data.max_length is {policy.max_length:,}"
     match left.reason:
         case "too long":
@@ -371,6 +456,8 @@ def _detail(left: LeftOut, length: int, policy: Policy) -> str:
             )
         case "duplicate":
             return "another conversation of exactly this content takes part (data.deduplicate)"
+        case "bad label" if selection.labels is not None:
+            return str(selection.labels.fault(left.sample))
         case "no target":
             return f"objective.train_on is {policy.train_on}; its marks and weights leave no token to train"
     raise AssertionError(left.reason)

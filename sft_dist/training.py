@@ -20,6 +20,7 @@ from sft_dist.preparation import (
     say_retention_overlap,
     share_of,
     training_set,
+    with_labels,
     write_left_out,
 )
 
@@ -66,6 +67,7 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
     from sft_dist.session import close_session, open_session
 
     # Before any process group exists, so that no collective waits for a tokeniser.
+    config = with_labels(config, share)
     selection, plan = training_set(config, share)
     heldout, retention = heldout_set(config, share), retention_set(config, share)
     run_dir = Path(config.run_dir)
@@ -149,8 +151,9 @@ def _with_group(
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
     lost = None if resumed is None else contract.start_lost(resumed.manifest, facts)
-    # Adapters are no part of θ̂, and nothing else moves.
-    measures = config.anchor.drift != "never" and lost is None and config.adapter.kind == "none"
+    # Adapters are no part of θ̂, and nothing else moves; nor is a head, which replaces what the files hold.
+    is_plain = config.adapter.kind == config.head.kind == "none"
+    measures = config.anchor.drift != "never" and lost is None and is_plain
     # No checkpoint holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
     needs_start = resumed is None or measures or config.anchor.decay > 0 or config.anchor.kl > 0
     initial = initial_weights(config, say_once) if needs_start else None

@@ -23,7 +23,7 @@ LAYERS = [
     {"sft_dist.train"},
     {"sft_dist.preparation", "sft_dist.inspection", "sft_dist.training", "sft_dist.score", "sft_dist.export",
      "sft_dist.generation", "sft_dist.verify", "sft_dist.estimate", "sft_dist.checking", "sft_dist.evaluation",
-     "sft_dist.adapter_export"},
+     "sft_dist.adapter_export", "sft_dist.prediction"},
     {"sft_dist.cli"},
     {"sft_dist.__main__"},
 ]  # fmt: skip

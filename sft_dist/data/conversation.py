@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,13 +58,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What all kinds share: `where` names it for people (file:line), `index` is its place in the input order."""
+    """What all kinds share: `where` names it for people (file:line), `index` is its place in the input order.
+
+    `label` is JSON text; "null" where a record of the labelled format has none, "" in all other formats.
+    """
 
     id: str
     index: int
     source: str
     where: str
     weight: float
+    label: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +79,10 @@ class Conversation(Record):
 
 @dataclass(frozen=True, slots=True)
 class Text(Record):
-    """A plain text: all of its tokens are trained."""
+    """A plain text, all of whose tokens are trained; or, with a label, a text or pair of texts."""
 
     text: str
+    pair: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +98,13 @@ def digest(record: Record) -> bytes:
     match record:
         case Conversation(messages=messages, tools=tools):
             content: Any = [[_plain(message) for message in messages], list(tools)]
-        case Text(text=text):
-            content = text
+        case Text(text=text, pair=pair):
+            content = text if pair is None else [text, pair]
         case Tokens(ids=ids, is_target=is_target):
             content = [ids.tolist(), is_target.tolist()]
         case _:
             raise AssertionError(record)
+    content = [content, record.label] if record.label else content
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()[:16]
 
@@ -157,10 +163,11 @@ def check_record(record: Record) -> None:
     match record:
         case Conversation():
             check_conversation(record)
-        case Text(text=text):
-            if not isinstance(text, str) or not text.strip():
-                raise RecordError("no text", "`text` must be text with more than white space in it")
-            check_text(text, "`text`")
+        case Text(text=text, pair=pair):
+            for name, part in (("text", text), ("text_pair", "-" if pair is None else pair)):
+                if not isinstance(part, str) or not part.strip():
+                    raise RecordError("no text", f"`{name}` must be text with more than white space in it")
+                check_text(part, f"`{name}`")
         case Tokens(is_target=is_target):
             if not is_target[1:].any():
                 raise RecordError("no target", "no token after the first is a target")
@@ -171,7 +178,7 @@ def check_conversation(conversation: Conversation) -> None:
     check_json(conversation.tools, "tools")
     for number, message in enumerate(conversation.messages, start=1):
         _check_message(message, number)
-    if not any(message.role == "assistant" for message in conversation.messages):
+    if not conversation.label and not any(message.role == "assistant" for message in conversation.messages):
         raise RecordError("no assistant turn", f"{len(conversation.messages)} messages, none with role 'assistant'")
 
 

@@ -5,7 +5,8 @@ of the forward pass, so every product of the model counts 6 in all. Three things
 
     linear     6 P     a token, P the matrix parameters that it passes through in all layers (of experts, the active)
     attention  12 q    a layer and attended pair of tokens, q = heads x head size: 2 q for the score and 2 q for the
-                       value, times 3; a sample of l tokens has l (l + 1) / 2 pairs, fewer under a sliding window
+                       value, times 3; a sample of l tokens has l (l + 1) / 2 pairs, fewer under a sliding window,
+                       and in an encoder l²
     head       6 h V   a target token: logits of other tokens are not computed
 
 Not counted, as usual: looking up embeddings, norms, activations, softmax. Sources: Chowdhery et al. 2022 (PaLM, arXiv
@@ -24,10 +25,13 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 Recomputation = Literal["none", "all_but_attention", "full"]
 
+# Model types in which every token attends to all of its sample.
+_ENCODERS = {"bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta"}
 # Model types with two matrices in their MLP (up, down); all others have three (gate, up, down).
 _UNGATED = {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "phi"} | {
     "nemotron",
     "starcoder2",
+    *_ENCODERS,
 }
 # Of the layers of these types every n-th has no window, where config.json does not say so itself.
 _FULL_ATTENTION_EVERY = {"gemma2": 2, "gpt_oss": 2, "cohere2": 4, "olmo3": 4, "gemma3_text": 6}
@@ -64,9 +68,10 @@ class CostModel:
     windowed_per_pair: float = 0.0  # of all layers with one
     window: int | None = None
     is_frozen: bool = False  # whether gradients of the weights are left out of the backward
+    is_causal: bool = True  # else every token attends to all of its sample
 
     @classmethod
-    def of_layers(cls, layers: Sequence[DecoderLayer], *, vocab_size: int) -> "CostModel":
+    def of_layers(cls, layers: Sequence[DecoderLayer], *, vocab_size: int, is_causal: bool = True) -> "CostModel":
         """Raises ValueError where windows of two sizes occur."""
         windows = {layer.window for layer in layers if layer.window is not None}
         if len(windows) > 1:
@@ -77,11 +82,12 @@ class CostModel:
             head_per_target=6.0 * layers[0].hidden_size * vocab_size,
             windowed_per_pair=12.0 * sum(layer.query_size for layer in layers if layer.window is not None),
             window=windows.pop() if windows else None,
+            is_causal=is_causal,
         )
 
     def of_samples(self, lengths: NDArray[np.integer], num_targets: NDArray[np.integer]) -> Float64:
         """[num_samples] FLOPs of each sample of `lengths` tokens, whatever else is in its pack."""
-        pairs = attended_pairs(lengths, None)
+        pairs = attended_pairs(lengths, None) if self.is_causal else np.square(np.asarray(lengths, np.float64))
         within = pairs if self.window is None else attended_pairs(lengths, self.window)
         tokens, targets = np.asarray(lengths, np.float64), np.asarray(num_targets, np.float64)
         return (
@@ -174,7 +180,8 @@ def cost_of_model(model_config: Mapping[str, Any]) -> CostModel:
                 window=windows[number],
             )
         )
-    return CostModel.of_layers(layers, vocab_size=_integer(fields, "vocab_size"))
+    is_causal = fields.get("model_type") not in _ENCODERS or bool(fields.get("is_decoder"))
+    return CostModel.of_layers(layers, vocab_size=_integer(fields, "vocab_size"), is_causal=is_causal)
 
 
 def _mlp(fields: Mapping[str, Any], number: int, hidden: int) -> tuple[int, int]:

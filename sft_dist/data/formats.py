@@ -6,6 +6,7 @@ are DataErrors; faults of one record are RecordErrors, which the caller refuses 
 
 import hashlib
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -20,6 +21,7 @@ from sft_dist.errors import DataError
 
 # How many records may be of no known format before the source is an error.
 _ROWS_TO_TELL = 100
+_MAX_READING_S = 20.0  # spent on finding lines in the files again
 _ONLY_WILDCARDS = re.compile(r"([*?.]|\[[^]]*])*")
 
 
@@ -107,6 +109,28 @@ def detect_format(source: SourceConfig) -> RecordFormat:
 def read_rows(source: SourceConfig, first_index: int = 0) -> Iterator[Row]:
     """Yield the rows of one source in order; `first_index` numbers them through all sources."""
     yield from SourceReader(source, first_index)
+
+
+def places(sources: Sequence[SourceConfig], indices: set[int]) -> dict[int, str]:
+    """Number of a record through all sources -> file:line, by reading the files once more; what is not found is left
+    out.
+    """
+    found: dict[int, str] = {}
+    deadline = time.monotonic() + _MAX_READING_S
+    first_index = 0
+    try:
+        for source in sources:
+            if readers.is_hub_id(source.path):
+                return found
+            for row in read_rows(source, first_index):
+                first_index = row.index + 1
+                if row.index in indices:
+                    found[row.index] = row.where
+                if len(found) == len(indices) or time.monotonic() > deadline:
+                    return found
+    except (DataError, OSError):
+        pass  # the files may have gone since they were prepared
+    return found
 
 
 def to_record(row: Row) -> Record:

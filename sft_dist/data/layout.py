@@ -78,13 +78,21 @@ def lay_out(renderer: Renderer, conversation: Conversation) -> list[Layout]:
     return layouts
 
 
-def lay_out_prompt(renderer: Renderer, conversation: Conversation) -> Layout:
-    """The context in which an answer to a conversation begins. Raises RecordError where the template misreads it."""
+def lay_out_prompt(renderer: Renderer, conversation: Conversation, *, with_header: bool = True) -> Layout:
+    """The context in which an answer to a conversation begins, or without its header all messages.
+
+    Raises RecordError where the template misreads it.
+    """
+
+    def rendered(shown: Conversation) -> str:
+        work, num = _Renders(renderer, shown), len(shown.messages)
+        return work.prompt(num) if with_header else work.upto(num)
+
     escaped, stand_ins = escape(renderer.marks, conversation)
-    text = _Renders(renderer, escaped).prompt(len(escaped.messages))
+    text = rendered(escaped)
     layout = Layout(text, (0, len(text)), {}, {}, stand_ins)
     if stand_ins:
-        _check_same_text(as_written(layout, text), _Renders(renderer, conversation).prompt(len(escaped.messages)))
+        _check_same_text(as_written(layout, text), rendered(conversation))
     return layout
 
 

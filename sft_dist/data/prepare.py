@@ -76,7 +76,7 @@ def prepare(
     data.cache_dir cannot be written; ClusterError when processes or files vanish.
     """
     formats.check_sources(sources)
-    renderer = load_renderer(model, data)
+    renderer = load_renderer(model, data, is_labelled=_is_labelled(sources))
     fingerprints = list(map(_fingerprint, sources))
     partial = Partial(_folder(renderer, fingerprints, data))
     is_found = partial.is_finished
@@ -92,7 +92,12 @@ def prepare(
 def is_prepared(sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfig) -> bool:
     """Whether `prepare` would only have to read. Raises DataError for sources that are not there."""
     formats.check_sources(sources)
-    return Partial(_folder(load_renderer(model, data), list(map(_fingerprint, sources)), data)).is_finished
+    renderer = load_renderer(model, data, is_labelled=_is_labelled(sources))
+    return Partial(_folder(renderer, list(map(_fingerprint, sources)), data)).is_finished
+
+
+def _is_labelled(sources: Sequence[SourceConfig]) -> bool:
+    return bool(sources) and all(source.format == "labelled" for source in sources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +202,8 @@ def _make_chunks(job: _Job, progress: Progress, is_ours: Callable[[int], bool]) 
             _go_on(job, progress)
     else:
         # A tokenizer that comes with its own code cannot be unpickled where that code was not imported.
-        load = bind(load_renderer, job.model, job.data) if job.model.trust_remote_code else bind(_same, job.renderer)
+        again = bind(load_renderer, job.model, job.data, is_labelled=_is_labelled(job.sources))
+        load = again if job.model.trust_remote_code else bind(_same, job.renderer)
         with Workers[Task, None](num_workers, bind(_start_worker, load, job.partial)) as workers:
             for _ in workers.answers(chain(first, ours)):
                 _go_on(job, progress)

@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.config import RecordFormat
+from sft_dist.data import labels
 from sft_dist.data.conversation import Conversation, Message, Record, RecordError, Text, Tokens, check_record
 from sft_dist.data.messages import MEDIA, message_of, messages_of, refuse_fields, tools_of, weight_of
 from sft_dist.data.parsing import kind, short
 
 Fields = Mapping[str, Any]
 
-# The fields that a record of each format must have, in the order in which formats are told apart.
+# The fields that a record of each format must have, in the order in which formats are told apart. Labelled records are
+# not told by their fields: head.kind says that they are.
 REQUIRED: dict[RecordFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -45,7 +47,7 @@ _REFUSED_SYSTEM = {"system": "write it as the first message"}
 FIELDS = frozenset(
     (
         *("id", "weight", "system", "input", "history", "label", "tools", "functions", "attention_mask"),
-        *("position_ids", "candidates"),
+        *("position_ids", "candidates", "text_pair"),
     )
 ).union(*REQUIRED.values(), MASKS, _REFUSED, _REFUSED_OF_CONVERSATION)
 
@@ -71,7 +73,7 @@ def fields_read(names: Collection[str]) -> list[str]:
 
 def convert(fields: Fields, format: RecordFormat, *, index: int, source: str, where: str, default_id: str) -> Record:
     """One record of a known format. Raises RecordError."""
-    if not _has(fields, REQUIRED[format]):
+    if format in REQUIRED and not _has(fields, REQUIRED[format]):
         raise RecordError(
             "unknown format",
             f"this source is of format {format}: expected {_quoted(REQUIRED[format])}; fields found: {_names(fields)}",
@@ -80,7 +82,9 @@ def convert(fields: Fields, format: RecordFormat, *, index: int, source: str, wh
     weight = weight_of(fields.get("weight"), "the record")
     refuse_fields(fields, _REFUSED, "the record")
     record: Record
-    if format == "text":
+    if format == "labelled":
+        record = _labelled(fields, identity, index, source, where, weight)
+    elif format == "text":
         record = Text(identity, index, source, where, weight, fields["text"])
     elif format == "tokens":
         record = Tokens(identity, index, source, where, weight, *_token_ids(fields))
@@ -90,6 +94,23 @@ def convert(fields: Fields, format: RecordFormat, *, index: int, source: str, wh
         record = Conversation(identity, index, source, where, weight, messages, tools)
     check_record(record)
     return record
+
+
+def _labelled(fields: Fields, identity: str, index: int, source: str, where: str, weight: float) -> Record:
+    """A text, a pair of texts or messages; without a `label` for prediction only."""
+    label = labels.written(fields.get("label"))
+    if fields.get("text") is not None:
+        return Text(identity, index, source, where, weight, fields["text"], fields.get("text_pair"), label=label)
+    for name in ("messages", "conversations"):
+        if fields.get(name) is not None:
+            refuse_fields(fields, _REFUSED_OF_CONVERSATION, "the record")
+            messages = _system(fields) + messages_of(fields[name], name)
+            return Conversation(identity, index, source, where, weight, messages, tools_of(fields), label=label)
+    raise RecordError(
+        "unknown format",
+        f"a record with a label (head.kind) has `text`, `text` and `text_pair`, or `messages`; fields found: "
+        f"{_names(fields)}",
+    )
 
 
 def _openai(fields: Fields) -> tuple[Message, ...]:

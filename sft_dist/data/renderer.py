@@ -107,6 +107,15 @@ class Renderer:
         return Tokenizer.from_str(json.dumps(self._middle_spec | {"added_tokens": [], "post_processor": None}))
 
     @cached_property
+    def labelled_backend(self) -> Any:
+        """The same tokenizer, with the tokens it puts around texts, for text that holds no control token."""
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
     def _spec(self) -> dict[str, Any]:
         spec: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return spec
@@ -338,9 +347,14 @@ class Renderer:
         return tuple(ids)
 
 
-def load_renderer(model: ModelConfig, data: DataConfig) -> Renderer:
-    """The tokenizer of a model folder or Hub id with its template, or the one given. Raises ConfigError."""
+def load_renderer(model: ModelConfig, data: DataConfig, *, is_labelled: bool = False) -> Renderer:
+    """The tokenizer of a model folder or Hub id with its template, or the one given. Raises ConfigError.
+
+    Without labels, answers have to end: the tokenizer needs an eos_token then.
+    """
     tokenizer = load_tokenizer(model)
+    if tokenizer.eos_token is None and not is_labelled:
+        raise ConfigError(f"model.path: {model.path}: its tokenizer names no eos_token, so no answer could end")
     template = template_text(tokenizer, data.chat_template)
     renderer = Renderer(tokenizer, template, date=data.date, template_kwargs=data.template_kwargs)
     if template is not None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sft_dist.data.conversation import Conversation, Record, RecordError, Text, Tokens, digest
 from sft_dist.data.escaping import escape_text
+from sft_dist.data.labelled import conversation_sample, text_sample
 from sft_dist.data.layout import Layout, as_written, common_length, lay_out, lay_out_prompt
 from sft_dist.data.renderer import Renderer
 from sft_dist.data.sample import Sample, Span
@@ -60,9 +61,11 @@ def _attempt(function: Any, *arguments: Any) -> Any:
 def _layouts(renderer: Renderer, record: Record) -> list[Layout]:
     match record:
         case Conversation():
+            if record.label:
+                return [lay_out_prompt(renderer, record, with_header=False)]
             return lay_out(renderer, record)
         case Text():
-            return [_text_layout(renderer, record.text)]
+            return [] if record.label else [_text_layout(renderer, record.text)]
         case Tokens():
             return []
         case _:
@@ -218,9 +221,14 @@ def _samples(renderer: Renderer, record: Record, parts: Sequence[tuple[Layout, _
     match record:
         case Tokens():
             return (_tokens_sample(renderer, record),)
+        case Text() if record.label:
+            return (text_sample(renderer, record),)
         case Text():
             ((layout, tokens, decoded),) = parts
             return (_text_sample(renderer, record, layout, _sound(renderer, layout, tokens, decoded)),)
+        case Conversation() if record.label:
+            ((layout, tokens, decoded),) = parts
+            return (conversation_sample(record, _sound(renderer, layout, tokens, decoded).ids),)
         case Conversation():
             return tuple(
                 _sample(renderer, record, layout, _sound(renderer, layout, tokens, decoded))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.data.conversation import ROLES
+from sft_dist.data.labels import LabelFault, LabelSet, LabelTable, tabulate
 from sft_dist.data.sample import Int32, Sample
 from sft_dist.data.store import PreparedDataset
 from sft_dist.errors import DataError
@@ -25,13 +26,14 @@ Float64 = NDArray[np.float64]
 _ASSISTANT, _TEXT = ROLES.index("assistant"), ROLES.index("text")
 
 # What happens to a sample.
-_WHOLE, _WINDOWS, _CUT, _TOO_LONG, _NO_TARGET, _DUPLICATE, _NEVER_DRAWN = range(7)
+_WHOLE, _WINDOWS, _CUT, _TOO_LONG, _NO_TARGET, _DUPLICATE, _NEVER_DRAWN, _BAD_LABEL = range(8)
 _REASONS = {
     _CUT: "end cut off",
     _TOO_LONG: "too long",
     _NO_TARGET: "no target",
     _DUPLICATE: "duplicate",
     _NEVER_DRAWN: "repeat 0",
+    _BAD_LABEL: "bad label",
 }
 _SMALLEST_WEIGHT = 1e-30  # of a target, beside the largest: what float32 holds with all its digits, with room to spare
 
@@ -42,6 +44,8 @@ class Policy:
 
     `roles` replaces `train_on` where it is given (scoring): the outputs of all messages of these roles. Samples without
     a target stay then; otherwise they are left out, as are those of sources that are repeated 0 times.
+
+    With `labels` each sample has one target, its label, whose place is token 0; no token is a target.
     """
 
     max_length: int
@@ -52,6 +56,7 @@ class Policy:
     source_weights: Mapping[str, float] = field(default_factory=dict)  # by name; default: 1
     repeats: Mapping[str, float] = field(default_factory=dict)  # copies in an epoch, by source; default: 1
     roles: frozenset[str] | None = None
+    labels: LabelSet | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class Example:
     sample: Sample
     turns: Int32  # [T] number of the message that each token is a target of, or -1
     weights: NDArray[np.float32]  # [T] factor of -log Pr in the numerator of the loss; 0 where no target
+    target: Float64 | None = None  # what the label says to a head, as LabelSet.target has it; its weight is weights[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,26 @@ class LeftOutTable:
             yield LeftOut(int(self.samples[row]), reason, int(self.num_tokens[row]), int(self.num_targets[row]))
 
 
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The labels of a data set: distinct ones as they are written, their targets and faults, and whose is which."""
+
+    distinct: tuple[str, ...]
+    table: LabelTable
+    codes: Int32  # [num_samples] place in `distinct`
+
+    @property
+    def is_faulty(self) -> NDArray[np.bool_]:
+        """[num_samples]"""
+        return np.isin(self.codes, list(self.table.faults))
+
+    def target(self, sample: int) -> Float64:
+        return np.asarray(self.table.targets[self.codes[sample]])
+
+    def fault(self, sample: int) -> LabelFault:
+        return self.table.faults[int(self.codes[sample])]
+
+
 class Selection:
     """Examples by number, in the order of the data set.
 
@@ -111,12 +137,16 @@ class Selection:
         self.dataset = dataset
         self.policy = policy
         spans = dataset.spans
+        self.labels = None if policy.labels is None else _labels(dataset, policy.labels)
         self._is_target, first, self._last = _targets(dataset, policy)
-        self._first = np.maximum(first, 1)  # nothing comes before token 0
+        self._lead = 0 if policy.labels else 1  # nothing comes before token 0, which only labels belong to
+        self._first = np.maximum(first, self._lead)
         self._rows = np.searchsorted(spans.sample, np.arange(len(dataset) + 1))  # first span of every sample
         cuts = self._ends_that_fit()
         self.source_names, source_codes = dataset.sources()
         reasons = _reasons(dataset, policy, cuts, _by_name(self.source_names, policy.repeats)[source_codes])
+        if self.labels is not None:
+            reasons[self.labels.is_faulty & (reasons != _NEVER_DRAWN)] = _BAD_LABEL
         self.samples, self._begins, self._ends = self._views(reasons, cuts)
         view, row, num_tokens = self._targets_of_views()
         self.num_targets: Int64 = np.bincount(view, num_tokens, minlength=len(self)).astype(np.int64)  # [n]
@@ -149,11 +179,11 @@ class Selection:
         weights = np.zeros(end - begin, np.float32)
         for row in range(self._rows[place], self._rows[place + 1]):
             # Token 0 of a window has nothing before it; it is a target of the window before.
-            first, last = max(int(self._first[row]), begin + 1), min(int(self._last[row]), end)
+            first, last = max(int(self._first[row]), begin + self._lead), min(int(self._last[row]), end)
             if self._is_target[row] and first < last:
                 turns[first - begin : last - begin] = self.dataset.spans.message[row]
                 weights[first - begin : last - begin] = self._span_weights[row] * self._scale[number]
-        return Example(sample, turns, weights)
+        return Example(sample, turns, weights, None if self.labels is None else self.labels.target(place))
 
     def _ends_that_fit(self) -> Int64:
         """[num_samples] one past the last answer that fits and has a target in it or before it; 0: there is none."""
@@ -170,7 +200,7 @@ class Selection:
         lengths, room = self.dataset.lengths, self.policy.max_length
         stops = np.where(reasons == _CUT, cuts, lengths)
         counts = np.where(reasons == _WINDOWS, -(-(lengths - 1) // (room - 1)), 1)
-        counts[np.isin(reasons, (_TOO_LONG, _DUPLICATE, _NEVER_DRAWN))] = 0
+        counts[np.isin(reasons, (_TOO_LONG, _DUPLICATE, _NEVER_DRAWN, _BAD_LABEL))] = 0
         samples = np.repeat(np.arange(len(lengths)), counts)
         within = np.arange(len(samples)) - np.repeat(np.cumsum(counts) - counts, counts)
         begins = within * (room - 1)
@@ -183,7 +213,7 @@ class Selection:
         row = np.arange(len(view)) + np.repeat(self._rows[self.samples] - (np.cumsum(counts) - counts), counts)
         is_target = self._is_target[row]
         view, row = view[is_target], row[is_target]
-        first = np.maximum(self._first[row], self._begins[view] + 1)
+        first = np.maximum(self._first[row], self._begins[view] + self._lead)
         num_tokens = np.minimum(self._last[row], self._ends[view]) - first
         some = num_tokens > 0
         return view[some], row[some], num_tokens[some]
@@ -239,6 +269,11 @@ class Selection:
         return LeftOutTable(places, reasons[places], tokens[places].astype(np.int64), targets[places].astype(np.int64))
 
 
+def _labels(dataset: PreparedDataset, labels: LabelSet) -> Labels:
+    distinct, codes = dataset.texts("label")
+    return Labels(distinct, tabulate(labels, distinct, np.bincount(codes, minlength=len(distinct)).tolist()), codes)
+
+
 def _by_name(names: tuple[str, ...], values: Mapping[str, float]) -> Float64:
     """[num_sources] the value of each source, 1 where none is given."""
     return np.array([values.get(name, 1.0) for name in names], np.float64)
@@ -262,6 +297,9 @@ def _reasons(dataset: PreparedDataset, policy: Policy, cuts: Int64, repeats: Flo
 def _targets(dataset: PreparedDataset, policy: Policy) -> tuple[NDArray[np.bool_], Int32, Int32]:
     """For every span whether it is a target, and its first target token and the one after the last."""
     spans = dataset.spans
+    if policy.labels is not None:
+        is_target = spans.is_owned & ((dataset.column("weight")[spans.sample] > 0) | (not policy.labels.is_read))
+        return is_target, np.zeros_like(spans.start), np.ones_like(spans.start)
     if policy.roles is not None:
         wanted = [place for place, role in enumerate(ROLES) if role in policy.roles]
         return spans.is_owned & np.isin(spans.role, wanted), spans.output_start, spans.output_end

@@ -22,7 +22,7 @@ from sft_dist.data.sample import Int32, Sample, Span
 from sft_dist.errors import StorageError
 from sft_dist.paths import fault_of_name
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 REFUSED = "refused.jsonl"
 # What every manifest says.
@@ -45,6 +45,7 @@ SCHEMA = pa.schema(
         ("num_turns", pa.int32()),
         ("weight", pa.float32()),
         ("digest", pa.binary(16)),
+        ("label", pa.string()),
         ("ids", _INTS),
         *[(f"span_{field}", _INTS) for field in _SPAN_INTS],
         ("span_weight", pa.list_(pa.float32())),
@@ -99,6 +100,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
         "num_turns": _flat(np.array([sample.num_turns for sample in rows], np.int32), pa.int32()),
         "weight": _flat(np.array([sample.weight for sample in rows], np.float32), pa.float32()),
         "digest": _flat(np.frombuffer(b"".join(sample.digest for sample in rows), "V16"), pa.binary(16)),
+        "label": _strings([sample.label for sample in rows]),
         "ids": _lists(
             np.concatenate([sample.ids for sample in rows], dtype=np.int32),
             pa.int32(),
@@ -236,7 +238,7 @@ class PreparedDataset:
                 *columns, strict=True
             )
         )
-        scalars = {name: table.column(name)[row].as_py() for name in SCHEMA.names[:6]}
+        scalars = {name: table.column(name)[row].as_py() for name in SCHEMA.names[:7]}
         return Sample(**scalars, ids=_row_values(table, "ids", row), spans=spans)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -264,11 +266,15 @@ class PreparedDataset:
 
     def sources(self) -> tuple[tuple[str, ...], Int32]:
         """Names of the sources as they come, and int32 [num_samples]: which of them each sample is from."""
+        return self.texts("source")
+
+    def texts(self, name: str) -> tuple[tuple[str, ...], Int32]:
+        """Distinct values of `source` or `label` as they come, and int32 [num_samples]: which of them is whose."""
         places: dict[str, int] = {}
         codes = [np.zeros(0, np.int32)]
         for table in self._tables:
-            encoded = table.column("source").dictionary_encode()
-            of_table = [places.setdefault(name, len(places)) for name in encoded.dictionary.to_pylist()]
+            encoded = table.column(name).dictionary_encode()
+            of_table = [places.setdefault(text, len(places)) for text in encoded.dictionary.to_pylist()]
             codes.append(np.array(of_table, np.int32)[_numpy(encoded.indices)])
         return tuple(places), np.concatenate(codes)
 

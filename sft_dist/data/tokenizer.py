@@ -24,8 +24,6 @@ def load_tokenizer(model: ModelConfig) -> Any:
         raise ConfigError(f"model.path: {model.path}: no tokenizer there (an empty vocabulary); its files are missing")
     if not tokenizer.is_fast:
         raise ConfigError(f"model.path: {model.path}: its tokenizer has no tokenizer.json (a fast tokenizer is needed)")
-    if tokenizer.eos_token is None:
-        raise ConfigError(f"model.path: {model.path}: its tokenizer names no eos_token, so no answer could end")
     # What tokenizer.json says about lengths would cut or fill every text that is encoded here.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

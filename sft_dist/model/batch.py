@@ -35,6 +35,9 @@ class Batch:
     turns: tuple[tuple[int, int], ...]  # (number of the example in the batch, message number) of each turn slot
     largest_id: int  # of input_ids and targets, known to the host
     parents: tuple[int, ...] | None = None  # [n] the sample that each continues, or -1; None: none continues another
+    labels: Tensor | None = None  # float64 [n, width], what a head is to say of each sample (data/labels.py)
+    label_weights: Tensor | None = None  # float32 [n]
+    token_types: Tensor | None = None  # int64 [1, T], 1 in the second text of a pair
 
     @property
     def max_length(self) -> int:
@@ -108,6 +111,9 @@ def collate(examples: Sequence[Example]) -> Batch:
         lengths=lengths,
         turns=tuple(turns),
         largest_id=max(int(part.max()) for part in ids),
+        labels=_labels(examples),
+        label_weights=None if examples[0].target is None else torch.tensor([float(e.weights[0]) for e in examples]),
+        token_types=None if examples[0].target is None else _row([_token_types(e) for e in examples]),
     )
 
 
@@ -160,6 +166,18 @@ def collate_trees(trees: Sequence[Tree]) -> Batch:
         largest_id=max(int(row.max()), *(int(part.max()) for part in ids)),
         parents=tuple(parents) if max(parents) >= 0 else None,
     )
+
+
+def _labels(examples: Sequence[Example]) -> Tensor | None:
+    targets = [example.target for example in examples if example.target is not None]
+    return torch.from_numpy(np.stack(targets)) if targets else None
+
+
+def _token_types(example: Example) -> Int32:
+    types = np.zeros(len(example.sample.ids), np.int32)
+    for span in example.sample.spans:
+        types[span.start : span.end] = span.message
+    return types
 
 
 def _row(parts: Sequence[np.ndarray]) -> Tensor:

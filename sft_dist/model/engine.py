@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,15 @@ from sft_dist.model import (
     adapters,
     anchor,
     attention,
+    classifier,
     groups,
-    interpolation,
     loading,
     resharding,
     sharding,
     zero,
 )
 from sft_dist.model.batch import Batch
+from sft_dist.model.classifier import Classifier
 from sft_dist.model.fused_head import LossTerms, TokenValues
 from sft_dist.model.layers import compile_layers, decoder_layers
 from sft_dist.model.logprobs import HiddenRows, TokenLogprobs
@@ -175,6 +175,11 @@ class Engine:
         """Elements of all parameters, of all ranks together, tied ones once."""
         return sum(map(zero.numel, self.causal_lm.parameters()))
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the model has a prediction head in the place of the language model's."""
+        return isinstance(self._engine.module, Classifier)
+
     def on_forward(self, action: Callable[[], None]) -> None:
         """Call `action` at the beginning of every forward from now on."""
         self.causal_lm.get_input_embeddings().register_forward_pre_hook(lambda *_: action())
@@ -185,6 +190,12 @@ class Engine:
     def logprobs(self, batch: Batch) -> Tensor:
         """float32 [num_targets] of this rank's batch, on the device."""
         return self.token_values(batch).logprob
+
+    def logits(self, batch: Batch) -> Tensor:
+        """float32 [n, C] of a prediction head for every sample of this rank's batch, on the device."""
+        logits = self.token_values(batch).logits
+        assert logits is not None, "a model with a prediction head"
+        return logits
 
     def token_values(self, batch: Batch, *, with_top: bool = False) -> TokenValues:
         """The log-probs of this rank's batch and, with `with_top`, whether each target is the likeliest token."""
@@ -390,7 +401,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     if config.model.compile:
         compile_layers(layers)
     optimizer = torch.optim.AdamW(
-        groups.parameter_groups(model.model, layers, config.optimizer),
+        classifier.with_head_rate(groups.parameter_groups(model.model, layers, config.optimizer), model, config),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -474,10 +485,9 @@ def _sharded_model(
     *,
     seed: int | None,
     coefficient: float = 1.0,
-) -> tuple[TokenLogprobs, list[nn.Module]]:
+) -> tuple[TokenLogprobs | Classifier, list[nn.Module]]:
     """The model, and its decoder layers as leaves of ZeRO-3."""
     import deepspeed
-    from deepspeed.utils import set_z3_leaf_module
     from transformers.integrations import HfDeepSpeedConfig
 
     _quiet()
@@ -490,6 +500,8 @@ def _sharded_model(
         adapters.check_tokens(added)
     announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
+    if config.head.kind != "none":
+        return _with_head(config, world, model_config, weights, seed=seed)
     model = loading.load_causal_lm(
         config.model,
         model_config,
@@ -516,16 +528,34 @@ def _sharded_model(
     if chosen.reason is not None and world.is_main:
         say(chosen.reason)
     del announced
+    layers = _layers_as_leaves(model, world)
+    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
+    if weights is not None:
+        zero.assign(model, stored_parameters(weights))
+    return wrapped, layers
+
+
+def _with_head(
+    config: RunConfig, world: World, model_config: Any, weights: Path | None, *, seed: int | None
+) -> tuple[Classifier, list[nn.Module]]:
+    dtype = compute_dtype(config.model)
+    is_new = weights is None
+    model, omega = classifier.load(config, model_config, dtype=dtype, seed=seed, is_main=world.is_main and is_new)
+    layers = _layers_as_leaves(model, world)
+    if weights is not None:
+        zero.assign(model, stored_parameters(weights))
+    return Classifier(model, omega, config.head, layers), layers
+
+
+def _layers_as_leaves(model: Any, world: World) -> list[nn.Module]:
+    from deepspeed.utils import set_z3_leaf_module
+
     layers = decoder_layers(model)
     for layer in layers:
         set_z3_leaf_module(layer, True)  # one gather per decoder layer instead of one per small module inside it
     if not layers and world.is_main:
         say(f"model.path: no decoder layers found in {type(model).__name__}: every module of it is gathered by itself")
-    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
-    if weights is not None:
-        between = partial(interpolation.between, coefficient=coefficient)
-        zero.assign(model, stored_parameters(weights), between, but=base)
-    return wrapped, layers
+    return layers
 
 
 def _recompute_layers(causal_lm: Any) -> None:

@@ -67,6 +67,7 @@ class TokenValues(NamedTuple):
     logprob: Tensor  # wide [R], log Pr(target | all before it in its sample)
     is_top: Tensor | None = None  # wide [R], 1 where the target is the likeliest token (the first of those), else 0
     loss: Tensor | None = None  # wide [], Σ w ℓ
+    logits: Tensor | None = None  # wide [n, C], of a prediction head (model/classifier.py), which has no others
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:

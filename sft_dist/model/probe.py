@@ -41,10 +41,11 @@ def _beginning(sample: Sample, num_tokens: int) -> Example:
 
 
 def logprobs(engine: Engine, probe: Probe) -> list[float]:
-    """Packed log-probs of the probe's tokens, from the sharded model. A collective."""
+    """Packed log-probs of the probe's tokens, of a prediction head its logits, from the sharded model. A collective."""
     engine.train(False)
     with torch.no_grad():
-        values = engine.logprobs(collate(probe))
+        batch = collate(probe)
+        values = engine.logits(batch).flatten() if engine.is_classifier else engine.logprobs(batch)
     return [float(value) for value in values]
 
 
@@ -54,16 +55,28 @@ def check(engine: Engine, probe: Probe) -> float:
     Raises ConfigError when they differ by more than rounding. A collective.
     """
     packed = torch.tensor(logprobs(engine, probe))
-    alone = torch.tensor([v for example in probe for v in plain_logprobs(engine.causal_lm, example.sample.ids)])
+    plain = plain_logits if engine.is_classifier else plain_logprobs
+    alone = torch.tensor([v for example in probe for v in plain(engine.causal_lm, example.sample.ids)])
     difference = float((packed - alone).abs().max())
     bound = ROUNDING[engine.causal_lm.dtype]
+    if engine.is_classifier:
+        bound *= float(alone.abs().max())  # a new head's logits are small, and so is what a leak does to them
     if not difference <= bound:
+        what = "logits" if engine.is_classifier else "log-probs"
         raise ConfigError(
-            f"model.path: packed log-probs differ from the model's own, unpacked, by {difference:.3g} "
+            f"model.path: packed {what} differ from the model's own, unpacked, by {difference:.3g} "
             f"(at most {bound:.3g} is rounding): this model mixes the conversations of a pack or changes its logits "
             "in a way that is not known here; try model.attention: eager, else it cannot be trained packed"
         )
     return difference
+
+
+def plain_logits(model: Any, ids: Sequence[int] | Int32) -> list[float]:
+    """The outputs of a prediction head, by the model's own forward on this sequence alone: the oracle."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[int(i) for i in ids]], device=device)).logits[0].float()  # [C]
+    return [float(value) for value in logits]
 
 
 def plain_logprobs(causal_lm: Any, ids: Sequence[int] | Int32) -> list[float]:

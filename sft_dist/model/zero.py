@@ -56,7 +56,7 @@ def assign(
                 "model.path and model.control_tokens must be those of the run that wrote it"
             )
         with torch.no_grad():
-            _write(parameter, value, combine or (lambda old, new: new))
+            write(parameter, value, combine or (lambda old, new: new))
         seen.add(name)
     if missing := sorted(set(parameters) - seen - but):
         raise StorageError(f"the checkpoint lacks {len(missing)} parameter(s), first {missing[0]}")
@@ -146,7 +146,13 @@ def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _write(parameter: nn.Parameter, value: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+def write(
+    parameter: nn.Parameter, value: Tensor, combine: Callable[[Tensor, Tensor], Tensor] = lambda _, new: new
+) -> None:
+    """Put a whole value into a parameter, sharded or not; every rank copies only its own part.
+
+    With `combine`, what is written is that of the part as it is and the part of the value, both flat.
+    """
     flat = value.reshape(-1)
     if not hasattr(parameter, "ds_tensor"):
         parameter.copy_(combine(parameter.reshape(-1), flat.to(parameter.device)).view(parameter.shape))

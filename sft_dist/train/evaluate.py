@@ -13,6 +13,7 @@ from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World
 from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.engine import Engine
+from sft_dist.train.classification import Answers
 from sft_dist.train.details import Details
 
 
@@ -64,14 +65,27 @@ def score_pack(engine: Engine, selection: Selection, pack: Pack) -> list[TurnSco
 
 
 def heldout_details(
-    engine: Engine, selection: Selection, packs: Sequence[Pack], world: World, per_forward: int
+    engine: Engine,
+    selection: Selection,
+    packs: Sequence[Pack],
+    world: World,
+    per_forward: int,
+    answers: Answers | None = None,
 ) -> Details:
-    """NLL and accuracy of every target token, each counted once whatever its weight, over all ranks. A collective."""
+    """NLL and accuracy of every target, each counted once whatever its weight, over all ranks; fills in `answers`.
+
+    A collective.
+    """
     engine.train(False)
     details = Details(selection.source_names)
     for pack in distribute(packs, world.rank, world.size, per_forward):
         examples = [selection[number] for number in pack]
         with torch.no_grad():
-            details.add(examples, engine.token_values(collate(examples), with_top=True))
+            values = engine.token_values(collate(examples), with_top=True)
+        details.add(examples, values)
+        if answers is not None and values.logits is not None:
+            answers.add(pack, values.logits)
     details.reduce()
+    if answers is not None:
+        answers.reduce()
     return details

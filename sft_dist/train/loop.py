@@ -25,8 +25,9 @@ from sft_dist.errors import ExitCode
 from sft_dist.model import probe
 from sft_dist.model.cost import find_peak
 from sft_dist.model.engine import Engine
-from sft_dist.train import forgetting, objective, out_of_memory
+from sft_dist.train import classification, forgetting, objective, out_of_memory
 from sft_dist.train.checkpoint import TrainState
+from sft_dist.train.classification import Answers
 from sft_dist.train.deadline import job_end_s
 from sft_dist.train.details import Details
 from sft_dist.train.drift import DriftMeter
@@ -102,7 +103,8 @@ class Run:
     def train(self) -> Result:
         """Take all steps that are left. Raises TrainingError when the numbers break."""
         difference = probe.check(self.engine, self._probe)
-        self.metrics.say(f"packed log-probs equal the model's own, unpacked, to {difference:.1e}")
+        what = "logits" if self.engine.is_classifier else "log-probs"
+        self.metrics.say(f"packed {what} equal the model's own, unpacked, to {difference:.1e}")
         self._timeline.mark("startup", step=self.state.step)
         if self.state.step == 0:
             self._evaluate(0)
@@ -220,35 +222,43 @@ class Run:
         if self.heldout is None and self.retention is None:
             return
         self._meter.clock.enter("evaluate")
-        heldout, kept = self._scored("heldout", self.heldout, step), self._scored("retention", self.retention, step)
+        answers = Answers() if self.engine.is_classifier else None
+        heldout = self._scored("heldout", self.heldout, step, answers)
+        kept = self._scored("retention", self.retention, step, None)
         self._timeline.mark("evaluate", step=step)
         # First, since a checkpoint of the best held-out NLL holds these values too.
         if kept is not None and self.retention is not None:
             known = self.retention.measured(kept, self.state.retention, is_start=step == 0)
             self.state = replace(self.state, retention=known)
         if heldout is not None:
-            self._judge_heldout(heldout, step)
+            self._judge_heldout(heldout, answers, step)
         if kept is not None:
             self._tell_retention(step)
         self._meter.clock.enter("other")
 
-    def _scored(self, name: HeldOut, data: Heldout | Retention | None, step: int) -> Details | None:
+    def _scored(
+        self, name: HeldOut, data: Heldout | Retention | None, step: int, answers: Answers | None
+    ) -> Details | None:
         """Figures of one of the sets, None without it or where its NLL is no number and that is to be passed over."""
         if data is None:
             return None
         config = self.config
         with out_of_memory.explained(f"evaluation after step {step}", rank=self.world.rank, config=config):
             details = heldout_details(
-                self.engine, data.selection, data.packs, self.world, config.batch.packs_per_micro_batch
+                self.engine, data.selection, data.packs, self.world, config.batch.packs_per_micro_batch, answers
             )
         if not math.isfinite(details.all.nll):
             self._guard.heldout(details.all.nll, data.selection, data.packs, step, name=name)
             return None
         return details
 
-    def _judge_heldout(self, details: Details, step: int) -> None:
+    def _judge_heldout(self, details: Details, answers: Answers | None, step: int) -> None:
         nll, accuracy = details.all.nll, details.all.accuracy
-        self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
+        if answers is None:
+            self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
+        else:
+            assert self.heldout is not None
+            classification.report(self.metrics, step, nll, self.heldout.selection, answers)
         for line in details.lines():
             self.metrics.say(line)
         self.metrics.record("heldout", step, **details.all.as_dict())
@@ -310,7 +320,7 @@ class Run:
             }
             self._saver.begin(
                 self.state,
-                self._facts | {"probe": record},
+                self._facts | {"probe": record, "architectures": [type(self.engine.causal_lm).__name__]},
                 protected=self._guard.last_regular(self.state),
                 wait=wait,
             )

@@ -6,7 +6,6 @@ to RUN_DIR/non_finite/, all of it, and said in one sentence.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Literal
 import torch
 
 from sft_dist.config import RunConfig, SourceConfig
-from sft_dist.data import formats, readers
+from sft_dist.data import formats
 from sft_dist.data.packing import Pack
 from sft_dist.data.plan import Plan, distribute
 from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
-from sft_dist.errors import DataError
 from sft_dist.model.batch import collate
 from sft_dist.model.engine import Engine
 from sft_dist.train import objective
@@ -33,7 +31,6 @@ from sft_dist.train.numbers import narrow
 
 FOLDER = "non_finite"
 _MAX_TESTS = 64  # forwards spent on telling conversations apart, beside one for each micro-batch
-_MAX_READING_S = 20.0  # spent on finding lines in the files
 _NUM_SAID = 3
 
 HeldOut = Literal["heldout", "retention"]  # data that are scored and not trained on, by their key of the run file
@@ -167,7 +164,7 @@ class Search:
         """With everything about what was found, and written by rank 0."""
         indices = {int(selection.indices[item.sample]) for items in found for item in items}
         # All ranks wait for what rank 0 does alone: the first that leaves with an error would end it.
-        places = collectives.on_main(lambda: _places(sources, indices))
+        places = collectives.on_main(lambda: formats.places(sources, indices))
         offenders = tuple(_offender(item, selection, places, len(items) == 1) for items in found for item in items)
         report = replace(report, offenders=offenders)
         return replace(report, problem=collectives.on_main(lambda: _write(report)))
@@ -204,26 +201,6 @@ def _offender(item: Item, selection: Selection, places: dict[int, str], is_alone
         num_targets=int((example.turns >= 0).sum()),
         is_alone=is_alone,
     )
-
-
-def _places(sources: Sequence[SourceConfig], indices: set[int]) -> dict[int, str]:
-    """Number of a conversation -> file:line, by reading the files once more; what cannot be found is left out."""
-    found: dict[int, str] = {}
-    deadline = time.monotonic() + _MAX_READING_S
-    first_index = 0
-    try:
-        for source in sources:
-            if readers.is_hub_id(source.path):
-                return found
-            for row in formats.read_rows(source, first_index):
-                first_index = row.index + 1
-                if row.index in indices:
-                    found[row.index] = row.where
-                if len(found) == len(indices) or time.monotonic() > deadline:
-                    return found
-    except (DataError, OSError):
-        pass  # the files may have gone since they were prepared
-    return found
 
 
 def _named(offender: Offender) -> str:
