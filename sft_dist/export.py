@@ -54,7 +54,7 @@ def run(
     if coefficient != 1.0 and (has_adapters or config.head.kind != "none"):
         what = "adapters" if has_adapters else "a head"
         raise ConfigError(
-            f"--interpolate: {run_dir} has trained {what}, which the pre-trained model has not: nothing lies between them"
+            f"--interpolate: {run_dir} has trained {what}, which the pre-trained model lacks: nothing lies between"
         )
     values = _values(config, checkpoint, coefficient)
     try:
