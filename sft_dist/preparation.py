@@ -3,9 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from zlib import crc32
 
 import numpy as np
@@ -19,7 +20,7 @@ from sft_dist.data.prepare import ALONE, Share, prepare
 from sft_dist.data.selection import Float64, LeftOut, LeftOutTable, Policy, Selection
 from sft_dist.data.store import REFUSED, PreparedDataset
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ConfigError, DataError, ExitCode, say
+from sft_dist.errors import ConfigError, DataError, ExitCode, StorageError, say
 
 _NAMED = 10
 # What tells one start of a job from another, as far as launchers say it.
@@ -288,9 +289,18 @@ def _contents(selection: Selection, chosen: Any = slice(None)) -> Any:
     return np.unique(selection.dataset.column("digest").view("S16")[selection.samples[chosen]])
 
 
+@contextmanager
+def _written(path: Path) -> Iterator[TextIO]:
+    try:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
     """Everything that takes no part though its source does, one JSON line each with the reason."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with _written(path) as file:
         for name, selection in selections.items():
             for item in _refused(selection.dataset):
                 file.write(json.dumps({"set": name} | item, ensure_ascii=False) + "\n")

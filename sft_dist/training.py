@@ -11,7 +11,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import Share
 from sft_dist.data.selection import Selection
 from sft_dist.distributed.world import World, find_world
-from sft_dist.errors import ConfigError, ExitCode, exit_code_of, say
+from sft_dist.errors import ConfigError, ExitCode, StorageError, UserError, exit_code_of, say
 from sft_dist.preparation import (
     heldout_set,
     retention_set,
@@ -52,9 +52,13 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
 
 def _write_failure(run_dir: Path, exit_code: int, reason: str) -> None:
-    from sft_dist.train import rundir
+    from sft_dist.train import lock, rundir
 
-    rundir.write_outcome(run_dir, exit_code=exit_code, reason=reason, step=None, checkpoint=_newest(run_dir))
+    try:
+        lock.check_held(run_dir)  # one that was taken over must not speak of the run that has it now
+        rundir.write_outcome(run_dir, exit_code=exit_code, reason=reason, step=None, checkpoint=_newest(run_dir))
+    except (UserError, OSError) as error:
+        say(f"how the run ended cannot be written to {run_dir}: {error}")
 
 
 def _train(config: RunConfig, world: World, share: Share, with_profile: bool) -> ExitCode:
@@ -114,7 +118,7 @@ def _with_group(
     watchdog: "Watchdog",
     with_profile: bool,
 ) -> Any:
-    from sft_dist.distributed import collectives
+    from sft_dist.distributed import collectives, preflight
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
     from sft_dist.train import checkpoint, contract, files, rundir
@@ -125,11 +129,17 @@ def _with_group(
 
     run_dir = Path(config.run_dir)
     # By it ranks deal packs among themselves: where they differed, samples would be missed and others taken twice.
-    collectives.check_same({"cost of packs (config.json)": plan.cost_model})
-    say_once = print_from_main(world)
+    collectives.check_same({"cost of packs (config.json)": plan.cost_model} | preflight.versions())
+    print_once = print_from_main(world)
+
+    def say_once(line: str) -> None:
+        watchdog.move()  # what takes long says so now and then
+        print_once(line)
+
     heldout_data = None if heldout is None else heldout.dataset
     facts = collectives.on_main(lambda: contract.facts(config, selection.dataset, heldout_data, model_config, plan))
-    resumed = _resumed_from(config, world)
+    facts = files.masked(facts)  # as a manifest has them
+    resumed = _resumed_from(config, world, say_once)
     if resumed is not None:
         allowed = config.checkpoint.allow_changed
         for note in contract.check(resumed, facts, world_size=world.size, allow_changed=allowed):
@@ -137,7 +147,7 @@ def _with_group(
     if world.is_main:
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
-    initial = None if resumed is not None else initial_weights(config)
+    initial = None if resumed is not None else initial_weights(config, say_once)
     engine = engines.training_engine(config, world, initial)
     engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
@@ -198,8 +208,8 @@ def _with_starting_nll(
     return replace(state, retention=tuple(replace(i, now=None) if i.name in missing else i for i in known))
 
 
-def _resumed_from(config: RunConfig, world: World) -> Any:
-    from sft_dist.session import print_from_main
+def _resumed_from(config: RunConfig, world: World, say_once: Callable[[str], None]) -> Any:
+    from sft_dist.distributed import collectives
     from sft_dist.train import checkpoint
 
     run_dir, resume = Path(config.run_dir), config.checkpoint.resume
@@ -211,14 +221,19 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
                 )
             return None
         case "auto" | "must":
-            found = checkpoint.newest_valid(run_dir, world, print_from_main(world))
+            found = checkpoint.newest_valid(run_dir, world, say_once)
             if found is None and resume == "must":
                 raise ConfigError(f"checkpoint.resume: must, but {run_dir} holds no valid checkpoint")
+            if found is None and collectives.on_main(lambda: bool(checkpoint.step_folders(run_dir))):
+                raise StorageError(
+                    f"{run_dir} holds checkpoints, and none of them can be used: to start anew would remove them; mend "
+                    f"them, or start in another run_dir, or move {checkpoint.checkpoints_dir(run_dir)} away"
+                )
             return found
         case _:
             # A requeued run names the same start again: its own progress since then comes first.
             inside = run_dir.resolve() in Path(resume).resolve().parents
-            own = None if inside else checkpoint.newest_valid(run_dir, world, print_from_main(world))
+            own = checkpoint.newest_valid(run_dir, world, say_once, resumed_by=resume if inside else None)
             if own is not None:
                 return own
             fault = checkpoint.fault_of(Path(resume), world)
@@ -227,22 +242,22 @@ def _resumed_from(config: RunConfig, world: World) -> Any:
             return checkpoint.read(Path(resume))
 
 
-def initial_weights(config: RunConfig) -> Path | None:
+def initial_weights(config: RunConfig, say_progress: Callable[[str], None] = say) -> Path | None:
     """The checkpoint that model.init_from names, as rank 0 finds it. A collective.
 
     Raises ConfigError where its tokens are not this run's.
     """
     from sft_dist.distributed import collectives
 
-    return collectives.on_main(lambda: _initial_weights(config))
+    return collectives.on_main(lambda: _initial_weights(config, say_progress))
 
 
-def _initial_weights(config: RunConfig) -> Path | None:
+def _initial_weights(config: RunConfig, say_progress: Callable[[str], None]) -> Path | None:
     from sft_dist.train import checkpoint
 
     if config.model.init_from is None:
         return None
-    found = checkpoint.find(Path(config.model.init_from), "last")
+    found = checkpoint.find(Path(config.model.init_from), "last", say_progress)
     before = tuple(found.manifest["config"].get("model.control_tokens") or ())
     if before != config.model.control_tokens:
         raise ConfigError(
@@ -287,5 +302,5 @@ def _say_plan(config: RunConfig, world: World, plan: Plan) -> None:
 def _newest(run_dir: Path) -> str | None:
     from sft_dist.train import checkpoint
 
-    folders = list(checkpoint.step_folders(run_dir).values())
+    folders = [f for f in checkpoint.step_folders(run_dir).values() if (f / checkpoint.MANIFEST).exists()]
     return str(folders[-1]) if folders else None

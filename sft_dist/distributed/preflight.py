@@ -63,7 +63,7 @@ def look(world: World, *, paths: Mapping[str, str], run_dir: Path) -> Facts:
         num_gpus=num_gpus,
         free_gib=shutil.disk_usage(writable).free / _GIB,
         clock_s=0.0,
-        same=_versions(torch.version.cuda) | {"GPU driver": _driver() if on_gpu else "none"},
+        same=versions(torch.version.cuda) | {"GPU driver": _driver() if on_gpu else "none"},
         faults=tuple(faults),
     )
 
@@ -136,7 +136,8 @@ def table(everybody: Sequence[Facts]) -> str:
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _versions(cuda: str | None) -> dict[str, str]:
+def versions(cuda: str | None = None) -> dict[str, str]:
+    """Of Python, of packages and of this code; `cuda` is that of torch."""
     found = {"python": sys.version.split()[0], "CUDA of torch": cuda or "none", "code": _code_digest()}
     for package in PACKAGES:
         try:

@@ -269,6 +269,14 @@ class Engine:
         self._engine.save_checkpoint("unused", tag=_SHARDS, save_latest=False)
         return Snapshot(files)
 
+    def checkpoint_bytes(self) -> int:
+        """Of this rank's files, of a step after the first: AdamW has no moments before it."""
+        optimizer = self._engine.optimizer
+        states = optimizer.optimizer.state.values()
+        there = sum(t.nbytes for state in states for name, t in state.items() if name.startswith("exp_avg"))
+        full = 2 * sum(master.nbytes for master in optimizer.fp32_partitioned_groups_flat)
+        return self.capture().num_bytes + max(full - there, 0)
+
     def save(self, folder: Path) -> None:
         """Write this rank's files below `folder`, for no manifest: a checkpoint is published by train/saving.py."""
         (folder / _SHARDS).mkdir(parents=True, exist_ok=True)

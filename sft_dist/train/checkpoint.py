@@ -8,6 +8,7 @@ A folder without a valid manifest is never resumed from. Rank 0 decides which on
 its files before any of them touches the engine. saving.py writes them, retention.py removes them.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -19,12 +20,12 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, StorageError, say
 from sft_dist.paths import fault_of_name
-from sft_dist.train.files import write_json
+from sft_dist.train.files import masked, write_json
 from sft_dist.train.forgetting import SourceNll
-from sft_dist.train.integrity import fault_of_files
+from sft_dist.train.integrity import Unreadable, fault_of_files
 from sft_dist.train.numbers import History
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 BEST = "best.json"
 
@@ -90,8 +91,22 @@ def step_folders(run_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest as it is written, without secrets and with a digest of all it says."""
+    content = json.loads(json.dumps(masked(manifest)))
+    return content | {"sha256": _digest(content)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises StorageError without a readable manifest, ConfigError for a newer format."""
+    """The checkpoint in a folder. Raises StorageError without a whole manifest, ConfigError for a newer format.
+
+    Raises Unreadable, a StorageError too, where the disk does not say what is there.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -99,9 +114,16 @@ def read(folder: Path) -> Checkpoint:
         if version == FORMAT:
             found = Checkpoint(folder, manifest)
             found.state, found.num_bytes, manifest["world_size"]
+            if manifest["sha256"] != _digest(manifest):
+                raise StorageError(f"{path} is damaged: its sha256 is not that of what it says")
+            if folder.name.startswith("step-") and folder.name != step_folder(folder, found.step).name:
+                raise StorageError(f"{folder}: its manifest is that of step {found.step:,}")
+            [(str(file["sha256"]), int(file["num_bytes"])) for file in manifest["files"].values()]
     except FileNotFoundError:
         raise StorageError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise StorageError(f"{path}: not a readable manifest: {error}") from None
     if fault := next((f for name in manifest.get("files", ()) if (f := fault_of_name(folder, name))), None):
         raise StorageError(f"{path}: {fault}: nothing outside of {folder} is read")
@@ -110,9 +132,15 @@ def read(folder: Path) -> Checkpoint:
     return found
 
 
-def newest_valid(run_dir: Path, world: World, say_once: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as its manifest says, the same on every rank. A collective."""
-    folders = collectives.from_main(list(step_folders(run_dir).values()))
+def newest_valid(
+    run_dir: Path, world: World, say_once: Callable[[str], None], *, resumed_by: str | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as its manifest says, the same on every rank. A collective.
+
+    With `resumed_by`, of those written by runs with that checkpoint.resume. Raises Unreadable: what cannot be read now
+    is not taken for damaged, since what is newer than the checkpoint that a run goes on from is given up.
+    """
+    folders = collectives.from_main([f for f in step_folders(run_dir).values() if _is_of(f, resumed_by)])
     for folder in reversed(folders):
         found, fault = _checked(folder, world, say_once)
         if found is not None:
@@ -123,10 +151,19 @@ def newest_valid(run_dir: Path, world: World, say_once: Callable[[str], None]) -
     return None
 
 
+def _is_of(folder: Path, resumed_by: str | None) -> bool:
+    if resumed_by is None:
+        return True
+    try:
+        return bool(json.loads((folder / MANIFEST).read_text())["config"]["checkpoint.resume"] == resumed_by)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def fault_of(folder: Path, world: World | None) -> str | None:
     """What is wrong with a checkpoint, or None. With a world, ranks share the checking and agree on the answer.
 
-    Raises ConfigError for a newer format.
+    Raises ConfigError for a newer format, Unreadable where that cannot be known.
     """
     return _checked(folder, world, say)[1]
 
@@ -137,13 +174,15 @@ def _checked(
     """The checkpoint, or its fault. Ranks other than 0 may see files late: what the manifest says, rank 0 tells."""
     try:
         found = read(folder) if world is None else collectives.on_main(lambda: read(folder))
+    except Unreadable:
+        raise
     except StorageError as error:
         return None, str(error)
     fault = fault_of_files(folder, found.manifest["files"], world, say_progress)
     return (found, None) if fault is None else (None, fault)
 
 
-def find(run_dir: Path, which: str) -> Checkpoint:
+def find(run_dir: Path, which: str, say: Callable[[str], None] = say) -> Checkpoint:
     """The checkpoint named `best`, `last`, `best-or-last` or a step number, checked file by file.
 
     Raises ConfigError for a name that leads nowhere, StorageError for a damaged checkpoint.

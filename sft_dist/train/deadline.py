@@ -16,10 +16,11 @@ def job_end_s(env: Mapping[str, str]) -> float:
         return math.inf
 
 
-def is_near(end_s: float, *, now_s: float, longest_step_s: float, margin_s: float) -> bool:
+def is_near(end_s: float, *, now_s: float, longest_step_s: float, saving_s: float, margin_s: float) -> bool:
     """Whether to stop now rather than after one more step.
 
-    The next step may take as long as the longest so far, evaluation and checkpoint between two steps included, and so
-    may the saving that then begins; `margin_s` is for what has not been seen yet.
+    The next step may take as long as the longest so far, evaluation and waiting for checkpoints between two steps
+    included. Then saving begins: it takes `saving_s` where checkpoints have been written beside the steps, else no
+    longer than that longest step; `margin_s` is for what has not been seen yet.
     """
-    return now_s + 2 * longest_step_s + margin_s >= end_s
+    return now_s + longest_step_s + max(longest_step_s, saving_s) + margin_s >= end_s

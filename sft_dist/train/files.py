@@ -5,21 +5,30 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sft_dist.errors import StorageError
 from sft_dist.redaction import find_secrets, redact_tree
 
 
 def write_json(path: Path, tree: dict[str, Any], *, writer: str = "") -> None:
-    """Write a small file whole or not at all, on disk when this returns; secrets are masked.
+    """Write a small file whole or not at all, on disk when this returns; secrets are masked. Raises StorageError.
 
     Where several processes may write the same file at once, each gives another name in `writer`.
     """
     temporary = path.with_name(f"{path.name}{writer}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(redact_tree(tree, find_secrets(os.environ)), indent=2, ensure_ascii=False))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    try:
+        with open(temporary, "w") as file:
+            file.write(json.dumps(masked(tree), indent=2, ensure_ascii=False))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def masked(tree: Any) -> Any:
+    """What is written of a tree: without the secrets of this process."""
+    return redact_tree(tree, find_secrets(os.environ))
 
 
 def sync_folder(folder: Path) -> None:

@@ -179,5 +179,5 @@ class Guard:
         return replace(state, step=step + 1, history=history)
 
     def _last_checkpoint(self) -> str:
-        steps = checkpoint.step_folders(self._run_dir)
+        steps = [s for s, f in checkpoint.step_folders(self._run_dir).items() if (f / checkpoint.MANIFEST).exists()]
         return f"the last checkpoint is step {max(steps):,}" if steps else "no checkpoint is saved yet"

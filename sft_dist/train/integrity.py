@@ -11,6 +11,7 @@ from typing import Any
 
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
+from sft_dist.errors import StorageError
 
 LATE_S = 60.0  # after so long a file that another rank sees and this one does not is missing
 _SAY_EVERY_S = 10.0
@@ -25,6 +26,7 @@ def fault_of_files(
     """The first fault among the files {name: {"num_bytes", "sha256"}}, or None. A collective, unless world is None.
 
     The files are dealt to the ranks by size. Hashing lets other threads run, so each rank uses its share of the cores.
+    Raises Unreadable, on all ranks, where the disk does not give what is there.
     """
     late = _missing(folder, files) if world is None else _missing_everywhere(folder, files, world)
     if late:
@@ -35,10 +37,12 @@ def fault_of_files(
     threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // local_size, len(mine)))
     with ThreadPoolExecutor(threads) as pool:
         faults = list(pool.map(lambda name: _fault(folder / name, files[name], progress), mine))
-    fault = next((fault for fault in faults if fault is not None), None)
-    if world is None:
-        return fault
-    return next((of_rank for of_rank in collectives.gather(fault) if of_rank is not None), None)
+    if world is not None:
+        faults = [fault for of_rank in collectives.gather(faults) for fault in of_rank]
+    unreadable = next((fault for fault in faults if isinstance(fault, Unreadable)), None)
+    if unreadable is not None:
+        raise unreadable
+    return next((fault for fault in faults if isinstance(fault, str)), None)
 
 
 def _missing(folder: Path, files: Mapping[str, Any]) -> set[str]:
@@ -63,6 +67,10 @@ def _missing_everywhere(folder: Path, files: Mapping[str, Any], world: World) ->
     return set.union(*collectives.gather(missing))
 
 
+class Unreadable(StorageError):
+    """Of a file that is there: the disk, or the way to it, is at fault; what the file holds is not known."""
+
+
 class _Progress:
     """Says now and then how far the checking has come."""
 
@@ -81,7 +89,7 @@ class _Progress:
         self._say(f"checking {self._folder}: {self._done / self._total:.0%} of {self._total / _GIB:,.1f} GiB")
 
 
-def _fault(path: Path, expected: Mapping[str, Any], progress: _Progress) -> str | None:
+def _fault(path: Path, expected: Mapping[str, Any], progress: _Progress) -> str | Unreadable | None:
     try:
         size = path.stat().st_size
         if size != expected["num_bytes"]:
@@ -91,6 +99,11 @@ def _fault(path: Path, expected: Mapping[str, Any], progress: _Progress) -> str 
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 progress.add(len(chunk))
+    except FileNotFoundError:
+        return f"{path} is missing"
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
+        return Unreadable(
+            f"{path} cannot be read: {error.strerror}; mend that and start again, or move {path.parent.parent} away to "
+            "go on without it"
+        )
     return None if digest.hexdigest() == expected["sha256"] else f"{path} is damaged: its sha256 is not the manifest's"

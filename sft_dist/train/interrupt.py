@@ -41,19 +41,23 @@ class StopRequest:
         with suppress(OSError):
             os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
-    def agreed(self) -> str | None:
+    def agreed(self, *, saving_s: float) -> str | None:
         """What asks for a stop, the same on every rank: the name of a signal that any rank received, or that the time
-        limit is near; None if nothing does. A collective, called once a step."""
-        highest = all_max([float(self._received or 0) or (_TIME_LIMIT if self._time_is_up() else 0.0)])[0]
+        limit is near, where saving may take `saving_s`; None if nothing does. A collective, called once a step."""
+        highest = all_max([float(self._received or 0) or (_TIME_LIMIT if self._time_is_up(saving_s) else 0.0)])[0]
         if highest == _TIME_LIMIT:
             return "the job's time limit"
         return signal.Signals(int(highest)).name if highest else None
 
-    def _time_is_up(self) -> bool:
+    def _time_is_up(self, saving_s: float) -> bool:
         now_s = time.monotonic()
         if self._asked_at is not None:
             self._longest_step_s = max(self._longest_step_s, now_s - self._asked_at)
         self._asked_at = now_s
         return deadline.is_near(
-            self._end_s, now_s=time.time(), longest_step_s=self._longest_step_s, margin_s=self._margin_s
+            self._end_s,
+            now_s=time.time(),
+            longest_step_s=self._longest_step_s,
+            saving_s=saving_s,
+            margin_s=self._margin_s,
         )

@@ -285,7 +285,7 @@ class Run:
 
     def _ending(self, step: int) -> tuple[ExitCode, str] | None:
         """Whether and why the run ends after this step; agreed over all ranks, once a step."""
-        signal_name = self.stop.agreed()
+        signal_name = self.stop.agreed(saving_s=self._saver.saving_s)
         if signal_name is not None:
             return ExitCode.STOPPED, f"stopped by {signal_name}"
         if early := self._excess():

@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from sft_dist.config import LoggingConfig, flatten
 from sft_dist.data.progress import duration
-from sft_dist.errors import say
+from sft_dist.errors import StorageError, say
 from sft_dist.train.meter import Speed
 
 
@@ -17,11 +17,14 @@ class Metrics:
         self._is_main = is_main
         self._file: TextIO | None = None
         self._board: Any = None
+        self._path = run_dir / "metrics.jsonl"
         if not is_main:
             return
-        path = run_dir / "metrics.jsonl"
-        _cut_back(path, first_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        try:
+            _cut_back(self._path, first_step)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        except OSError as error:
+            raise StorageError(f"{self._path} cannot be written: {error.strerror or error}") from error
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -38,23 +41,28 @@ class Metrics:
         Kinds: `train` (one a step), `train_time` (one a step, once the next has begun), `train_details` (every
         logging.details_every steps), `heldout`, `heldout_details` and `retention` (one an evaluation), `checkpoint`
         (one that is published), and where numbers went wrong `skipped`, `heldout_skipped`, `retention_skipped`,
-        `spike` and `rollback`.
-        Details are nested as `Details.as_dict` says.
+        `spike` and `rollback`. Details are nested as `Details.as_dict` says. Raises StorageError where they cannot be
+        written.
         """
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in flatten(values).items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in flatten(values).items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise StorageError(f"{self._path} cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                try:
+                    file.close()
+                except OSError as error:  # whatever ended the run is to be told, and not this
+                    say(f"{self._path} is cut short: {error.strerror or error}")
 
 
 def step_line(

@@ -25,8 +25,8 @@ from sft_dist.errors import DataError
 from sft_dist.model.batch import collate
 from sft_dist.model.engine import Engine
 from sft_dist.train import objective
-from sft_dist.train.checkpoint import write_json
 from sft_dist.train.feeding import MicroBatch
+from sft_dist.train.files import write_json
 from sft_dist.train.gradient import forward
 from sft_dist.train.meter import PhaseClock
 from sft_dist.train.numbers import narrow

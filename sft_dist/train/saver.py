@@ -41,7 +41,8 @@ class Saver:
         self._stall_s = 0.0
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._num_bytes = engine.capture().num_bytes
+        self._longest_s = 0.0
+        self._num_bytes = engine.checkpoint_bytes()
         self._check_room()
         self._is_asynchronous = self._choose()
 
@@ -77,6 +78,11 @@ class Saver:
         """Wait until the checkpoint on its way, if any, is published."""
         self._advance(to_the_end=True)
 
+    @property
+    def saving_s(self) -> float:
+        """What saving may take if it is asked for now: as long as ever, twice while another one is on its way."""
+        return self._longest_s * (1 if self._saving is None else 2)
+
     def _advance(self, *, to_the_end: bool) -> None:
         if self._saving is None:
             return
@@ -86,6 +92,7 @@ class Saver:
         if saved is not None:
             self._saving = None
             self.published_step = saved.checkpoint.step
+            self._longest_s = max(self._longest_s, saved.seconds)
             self._tell(saved)
 
     def _tell(self, saved: Saved) -> None:
@@ -106,15 +113,19 @@ class Saver:
 
     def _tidy(self, published: Checkpoint, state: TrainState, protected: int) -> list[retention.Removal]:
         best = state.heldout_best_step if self._config.keep_best else None
-        mark_best(self._run_dir, replace(state, heldout_best_step=best))
         keep_gib = self._config.keep_gib
-        return retention.evict(
+        removed = retention.evict(
             self._run_dir,
             published=published.step,
             keep=self._config.keep,
             keep_bytes=None if keep_gib is None else int(keep_gib * _GIB),
             protected={step for step in (best, self._resumed, protected) if step is not None},
         )
+        try:
+            mark_best(self._run_dir, replace(state, heldout_best_step=best))
+        except StorageError as error:  # published it is all the same, and the next one will say it again
+            self._metrics.say(f"warning: {error}")
+        return removed
 
     def _check_room(self) -> None:
         """Rather before the first step than after many."""

@@ -8,6 +8,7 @@ leaves what was published before, and a temporary folder that the next holder of
 """
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,15 @@ from sft_dist.distributed.world import World
 from sft_dist.errors import StorageError, UserError
 from sft_dist.model.snapshot import Snapshot, write_file
 from sft_dist.train import lock
-from sft_dist.train.checkpoint import FORMAT, MANIFEST, Checkpoint, TrainState, checkpoints_dir, step_folder
+from sft_dist.train.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    Checkpoint,
+    TrainState,
+    checkpoints_dir,
+    sealed,
+    step_folder,
+)
 from sft_dist.train.files import sync_folder, write_json
 from sft_dist.train.retention import Removal
 
@@ -73,7 +82,9 @@ class Saving:
         self._submit, self._tidy = submit, tidy
         self._began = time.monotonic()
         self._final = step_folder(run_dir, state.step)
-        self._temporary = self._final.with_name(f".tmp-{self._final.name}")
+        # A name of its own: a rank that has outlived another start must not write into this one.
+        nonce = collectives.from_main(secrets.token_hex(4))
+        self._temporary = self._final.with_name(f".tmp-{self._final.name}-{nonce}")
         self._manifest: dict[str, Any] = {}
         self._publishing: Future[Any] | None = None
         num_bytes = sum(collectives.gather(snapshot.num_bytes))
@@ -87,13 +98,15 @@ class Saving:
         if self._publishing is None:
             if not self._agreed(self._writing, "written", to_the_end):
                 return None
-            self._manifest = {
-                "format": FORMAT,
-                "world_size": self._world.size,
-                "state": asdict(self._state),
-                "files": {name: file for part in collectives.gather(self._writing.result()) for name, file in part},
-                **self._facts,
-            }
+            self._manifest = sealed(
+                {
+                    "format": FORMAT,
+                    "world_size": self._world.size,
+                    "state": asdict(self._state),
+                    "files": {name: file for part in collectives.gather(self._writing.result()) for name, file in part},
+                    **self._facts,
+                }
+            )
             faults.reach("save.before_publish", rank=self._world.rank, step=self._state.step)
             self._publishing = self._submit(self._publish) if self._world.is_main else at_once(tuple)
         if not self._agreed(self._publishing, "published", to_the_end):
@@ -103,7 +116,6 @@ class Saving:
         return Saved(Checkpoint(self._final, self._manifest), time.monotonic() - self._began, removed)
 
     def _make_room(self, num_bytes: int) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
         problem = no_room(self._run_dir, num_bytes)
         if problem is not None:
             raise StorageError(problem)

@@ -197,16 +197,19 @@ def test_a_chain_goes_on_where_requeue_is_forbidden_and_its_last_link_has_nothin
     assert "Slurm does not requeue" in job.output and "is complete, nothing is left to do" in job.output
 
 
-def test_one_element_of_an_array_is_requeued_alone(desk: Desk, jobs: dict[str, Submitted]) -> None:
-    array = desk.submit("array", "steps=60", "seed=%a", options=("--array=3-4",))
-    elements = [Submitted(desk.slurm, f"{array.id}_{index}", desk.folder / f"array-{index}") for index in (3, 4)]
-    elements[0].until_training()
-    elements[0].signal("--signal=USR1")
-    other = elements[1].end()
+@pytest.mark.parametrize("index", [3, 4])
+def test_one_element_of_an_array_is_requeued_alone(desk: Desk, jobs: dict[str, Submitted], index: int) -> None:
+    """Whichever: to Slurm the id of the last one is that of the whole array as well."""
+    name = f"array{index}"
+    array = desk.submit(name, "steps=60", "seed=%a", options=("--array=3-4",))
+    elements = {i: Submitted(desk.slurm, f"{array.id}_{i}", desk.folder / f"{name}-{i}") for i in (3, 4)}
+    elements[index].until_training()
+    elements[index].signal("--signal=USR1")
+    other = elements[7 - index].end()
     assert (other["JobState"], other["Restarts"]) == ("COMPLETED", "0"), array.output
-    assert elements[1].outcome["state"] == undisturbed(60, seed=4)
-    assert_went_on(elements[0], steps=60, seed=3, first="75 stopped by SIGUSR1")
-    assert f"requeued as {array.id}_3" in array.output
+    assert elements[7 - index].outcome["state"] == undisturbed(60, seed=7 - index)
+    assert_went_on(elements[index], steps=60, seed=index, first="75 stopped by SIGUSR1")
+    assert f"requeued as {array.id}_{index}" in array.output
 
 
 def test_preemption_saves_with_and_without_grace(desk: Desk, jobs: dict[str, Submitted]) -> None:

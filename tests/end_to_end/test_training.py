@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft_dist.train import checkpoint
 from tests.end_to_end.conftest import Place
 from tests.helpers import oracle
 from tests.helpers.conversations import make_records, write_jsonl
@@ -102,6 +103,29 @@ def test_resuming_a_named_checkpoint_of_another_run(uninterrupted: Place) -> Non
     assert "5 of 6 steps are done" in done[0].stdout
     expected, found = place.state("whole", 6), place.state("by-path", 6)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_folder_of_its_own_is_where_a_run_starts_again_only_once(uninterrupted: Place) -> None:
+    place = uninterrupted
+    shutil.copytree(place.folder / "whole", place.folder / "back")
+    start = f"checkpoint.resume={place.folder / 'back' / 'checkpoints' / 'step-00000004'}"
+    stopped = place.train("back", start, "checkpoint.stop_at_step=5", ranks=1)
+    assert stopped[0].returncode == 75 and "4 of 6 steps are done" in stopped[0].stdout, _said(stopped)
+    assert 6 not in checkpoint.step_folders(place.folder / "back"), "the other continuation is given up"
+    done = place.train("back", start, ranks=1)
+    assert done[0].returncode == 0 and "5 of 6 steps are done" in done[0].stdout, _said(done)
+
+
+def test_where_no_checkpoint_can_be_used_none_is_removed(uninterrupted: Place) -> None:
+    """A new start would publish its own, and what is there is worth a look first."""
+    place = uninterrupted
+    shutil.copytree(place.folder / "whole", place.folder / "unusable")
+    folders = checkpoint.step_folders(place.folder / "unusable")
+    for folder in folders.values():
+        (folder / "shards").rename(folder / "elsewhere")
+    done = place.train("unusable", ranks=1)
+    assert done[0].returncode == 74 and "none of them can be used: to start anew" in done[0].stdout, _said(done)
+    assert checkpoint.step_folders(place.folder / "unusable") == folders and len(folders) > 1
 
 
 def test_export_loads_in_plain_transformers_and_scores_the_same(uninterrupted: Place, tmp_path: Path) -> None:
@@ -287,7 +311,7 @@ def test_a_pickle_planted_in_a_published_checkpoint_does_not_run(place: Place) -
         torch.save({"module": _Bomb(str(marker)), "optimizer_state_dict": _Bomb(str(marker))}, folder / name)
         content = (folder / name).read_bytes()
         manifest["files"][name] = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(checkpoint.sealed(manifest)))
     resumed = place.train("planted", ranks=1)
     assert resumed[0].returncode == 74 and "not a readable checkpoint shard" in resumed[0].stdout, _said(resumed)
     exported = place.verb("export", str(place.folder / "planted"), "--output", str(place.folder / "planted-out"))

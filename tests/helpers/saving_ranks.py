@@ -77,6 +77,9 @@ class Stepping:
         rank = self._rank
         return Snapshot({f"shards/rank_{rank}_model.pt": model, f"shards/rank_{rank}_optim.pt": [self.moments]})
 
+    def checkpoint_bytes(self) -> int:
+        return self.capture().num_bytes
+
     def load(self, folder: Path) -> None:
         shards = folder / "shards"
         self.weights.copy_(torch.load(shards / f"rank_{self._rank}_model.pt", weights_only=True)["weights"])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sft_dist.config import ModelConfig, RunConfig
 from sft_dist.score import models
 from sft_dist.score.models import Scorer, identity
-from sft_dist.train.checkpoint import FORMAT, MANIFEST
+from sft_dist.train.checkpoint import FORMAT, MANIFEST, sealed
 from tests.helpers.models import build_model
 from tests.helpers.plain_engine import world_of_one
 from tests.helpers.worlds import run_ranks
@@ -128,7 +128,7 @@ def test_all_ranks_take_what_rank_0_finds_and_tell_where_they_differ(tmp_path: P
         folder = tmp_path / str(rank) / "checkpoints" / f"step-{rank + 1:08d}"
         folder.mkdir(parents=True)
         manifest = {"format": FORMAT, "state": {"step": rank + 1}, "world_size": 1, "files": {}, "config": {}}
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
     for done in run_ranks(2, ["-c", AGREES, str(tmp_path)], timeout_s=120):
         assert done.returncode == 0, done.stdout
         assert "SCORES 0\n" in done.stdout and "STARTS FROM 0\n" in done.stdout

@@ -2,13 +2,17 @@
 
 import json
 import re
+import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sft_dist.train import checkpoint
+from sft_dist.train.files import write_json
+from sft_dist.train.lock import this_process
 from tests.helpers.saving_ranks import NUM_STEPS, Job, final_values, run
 
 pytestmark = pytest.mark.slow
@@ -61,6 +65,23 @@ def test_killed_at_any_point_of_a_save_it_goes_on_from_a_whole_checkpoint(
     assert [ended.exit_code for ended in again] == [0, 0], again[0].said + again[1].said
     assert f"resumed from step {whole[-1]}" in again[0].said
     check_end(run_dir)
+
+
+def test_a_run_that_was_taken_over_publishes_nothing_more(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    other = replace(this_process(), host="node7", pid=4711, boot="another", namespace="another")
+
+    def take_over() -> None:
+        while not list(checkpoint.checkpoints_dir(run_dir).glob(".tmp-step-00000004-*")):
+            time.sleep(0.01)
+        write_json(run_dir / "run.lock.json", asdict(other))
+
+    thief = threading.Thread(target=take_over, daemon=True)
+    thief.start()
+    ended = run(Job(run_dir, True, faults="save.after_shards:rank=0:step=4:sleep=2"))
+    assert [rank.exit_code for rank in ended] == [69, 69], ended[0].said
+    assert "was taken over by host node7, process 4711" in ended[0].said
+    assert max(checkpoint.step_folders(run_dir)) == 2
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
