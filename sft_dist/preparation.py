@@ -362,15 +362,6 @@ def say_overlap(train: Selection, heldout: Selection) -> None:
         say(f"warning: {shared:,} of {len(held_out):,} held-out conversations are in the training data as well")
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[TextIO]:
-    try:
-        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
 def say_retention_overlap(train: Selection, retention: Selection) -> None:
     """Say of every retention source how much is trained on too: what is rehearsed tells not what is forgotten."""
     trained = _contents(train)
@@ -386,6 +377,15 @@ def say_retention_overlap(train: Selection, retention: Selection) -> None:
 def _contents(selection: Selection, chosen: Any = slice(None)) -> Any:
     """The digests of the conversations that take part, each once, ascending."""
     return np.unique(selection.dataset.column("digest").view("S16")[selection.samples[chosen]])
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[TextIO]:
+    try:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_left_out(selections: Mapping[str, Selection], path: Path) -> None:
