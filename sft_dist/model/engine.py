@@ -531,7 +531,8 @@ def _sharded_model(
     layers = _layers_as_leaves(model, world)
     wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
     if weights is not None:
-        zero.assign(model, stored_parameters(weights))
+        between = partial(interpolation.between, coefficient=coefficient)
+        zero.assign(model, stored_parameters(weights), between, but=base)
     return wrapped, layers
 
 

@@ -292,7 +292,18 @@ def test_what_may_change_is_listed_and_everything_else_is_fixed() -> None:
     for key in ("logging.tensorboard", "checkpoint.every", "model.attention", "batch.reduce_once", "data.heldout"):
         assert key in free
     fixed = {key.partition(".")[0] for key, _, _ in explain() if key not in free}
-    assert fixed == {"seed", "model", "data", "objective", "batch", "optimizer", "anchor", "schedule", "adapter", "head"}
+    assert fixed == {
+        "seed",
+        "model",
+        "data",
+        "objective",
+        "batch",
+        "optimizer",
+        "anchor",
+        "schedule",
+        "adapter",
+        "head",
+    }
     assert not any(key.startswith(("objective.", "optimizer.", "schedule.")) for key in free)
 
 
