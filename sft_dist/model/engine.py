@@ -31,6 +31,7 @@ from sft_dist.model import (
     attention,
     classifier,
     groups,
+    interpolation,
     loading,
     resharding,
     sharding,
