@@ -83,12 +83,18 @@ def kill_sessions(sessions: Collection[int], *, timeout_s: float) -> list[Proces
 def kill_descendants(*, spare: Collection[int] = (), timeout_s: float) -> None:
     """SIGKILL what this process has started and what that has left to it, but for `spare`, and bury it."""
     deadline = time.monotonic() + timeout_s
-    while (found := descendants(os.getpid()) - set(spare)) and time.monotonic() < deadline:
+    while (found := _unburied() - set(spare)) and time.monotonic() < deadline:
         send_signal(found, signal.SIGKILL)
         time.sleep(0.01)
         for pid in found:
             with suppress(ChildProcessError):  # of another parent, which buries it
                 os.waitpid(pid, os.WNOHANG)
+
+
+def _unburied() -> set[int]:
+    """Descendants that live, and dead ones that wait for this process to bury them."""
+    own = os.getpid()
+    return descendants(own) | {p.pid for p in all_processes() if p.parent == own and p.state in "ZX"}
 
 
 def adopt_orphans() -> None:

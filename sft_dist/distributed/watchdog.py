@@ -204,10 +204,11 @@ class Watchdog:
             verdict = self._why_lost(error)
             self._take_over()
         else:
-            reason = f"rank {self._world.rank} (host {self._process.host}): {type(error).__name__}: {error}"
+            own = f"{type(error).__name__}: {error}"
+            reason = f"rank {self._world.rank} (host {self._process.host}): {own}"
             self._take_over()
             verdict = self._give(Verdict("failure", exit_code_of(error), reason, writer=0))
-            if verdict.reason == reason:
+            if verdict.reason.endswith(own):  # this one was first, or all have met the same
                 if self._world.rank == 0 < self._world.size - 1:
                     time.sleep(2 * self._interval_s)  # the store goes with this process
                 return error

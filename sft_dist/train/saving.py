@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from sft_dist import faults
 from sft_dist.distributed import collectives
+from sft_dist.distributed.preflight import nearest_existing
 from sft_dist.distributed.world import World
 from sft_dist.errors import StorageError, UserError
 from sft_dist.model.snapshot import Snapshot, write_file
@@ -195,7 +196,7 @@ def save(run_dir: Path, state: TrainState, world: World, snapshot: Snapshot, fac
 
 def no_room(run_dir: Path, num_bytes: int) -> str | None:
     """What is to be said when a checkpoint of num_bytes does not fit on the disk; quotas are met only by writing."""
-    free, needed = shutil.disk_usage(checkpoints_dir(run_dir)).free, int(num_bytes * _SPARE)
+    free, needed = shutil.disk_usage(nearest_existing(checkpoints_dir(run_dir))).free, int(num_bytes * _SPARE)
     if needed <= free:
         return None
     return (

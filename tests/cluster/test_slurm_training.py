@@ -143,12 +143,11 @@ def test_a_run_disturbed_in_every_way_trains_what_an_undisturbed_one_does(desk: 
     said = [
         line.partition("stopped by ")[2] for line in desk.output(job).splitlines() if line.startswith("stopped by ")
     ]
-    assert [reason.partition(" at step")[0] for reason in said] == [
-        "the job's time limit",
-        "SIGUSR1",
-        "SIGTERM",
-        "SIGTERM",
-    ]
+    # Slurm sends its SIGTERM to the ranks and to the script, which sends them SIGUSR1: either may be the last to come.
+    ended_by = {"SIGTERM", "SIGUSR1"}
+    expected = [{"the job's time limit"}, {"SIGUSR1"}, ended_by, ended_by]
+    assert len(said) == len(expected)
+    assert all(reason.partition(" at step")[0] in reasons for reason, reasons in zip(said, expected, strict=True)), said
     assert desk.losses("run") == whole  # bit for bit: dropout, and four resumes
 
 

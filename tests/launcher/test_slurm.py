@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.host import free_port
 from launcher.restarts import Restarts
 
 from .conftest import ROOT, TIMEOUT_S, Launch
@@ -123,6 +125,15 @@ def test_the_ranks_are_told_where_rank_0_is(tmp_path: Path) -> None:
     assert "master 10.1.2.3:23456" in result.stdout
     assert '"MASTER_ADDR": "10.1.2.3"' in (result.run_dir / "rank-0.json").read_text()
     assert '"MASTER_PORT": "23456"' in (result.run_dir / "rank-0.json").read_text()
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over(tmp_path: Path) -> None:
+    port = free_port(range(20_000, 29_000), seed=os.getpid())
+    with socket.create_server(("127.0.0.1", port)):
+        result = submit(tmp_path, env={"FAKE_HOST": "127.0.0.1", "SLURM_JOB_ID": str(50_000 + port)})
+    (chosen,) = re.findall(r"master 127\.0\.0\.1:(\d+)", result.stdout)
+    assert port < int(chosen) < port + 100
+    assert f'"MASTER_PORT": "{chosen}"' in (result.run_dir / "rank-0.json").read_text()
 
 
 @pytest.mark.parametrize(
