@@ -38,7 +38,7 @@ from sft_dist.distributed import collectives  # noqa: E402
 from sft_dist.distributed.world import find_world  # noqa: E402
 from sft_dist.model import engine as engines  # noqa: E402
 from sft_dist.model import probe  # noqa: E402
-from sft_dist.model.batch import collate  # noqa: E402
+from sft_dist.model.batch import Batch, collate  # noqa: E402
 from sft_dist.model.fused_head import LossTerms  # noqa: E402
 from sft_dist.session import close_session, open_session  # noqa: E402
 from sft_dist.train.checkpoint import TrainState  # noqa: E402
@@ -92,8 +92,17 @@ def run_rank(options: argparse.Namespace) -> None:
         )
         for name in ("waiting", "background")
     }
-    rng = np.random.default_rng(world.rank)
-    batch = collate([example(options.tokens, rng)])
+    batch = collate([example(options.tokens, np.random.default_rng(world.rank))])
+    answer = measured(engine, savers, batch, options.repeats)
+    if world.is_main:
+        (folder / "answer.json").write_text(json.dumps(answer))
+    close_session()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def measured(engine: engines.Engine, savers: dict[str, Saver], batch: Batch, repeats: int) -> dict[str, Any]:
+    """Seconds of stalls by way, of steps with and without a checkpoint on its way, and of the probe. A collective."""
     asked = tuple(example(PROBE_TOKENS, np.random.default_rng(number)) for number in range(2))
     stalls: dict[str, list[float]] = {name: [] for name in savers}
     steps: dict[str, list[float]] = {"undisturbed": [], "during": []}
@@ -114,7 +123,7 @@ def run_rank(options: argparse.Namespace) -> None:
 
     for _ in range(2):
         step()
-    for number in range(2 * (options.repeats + 1)):
+    for number in range(2 * (repeats + 1)):
         name = ("waiting", "background")[number % 2]
         saver = savers[name]
         steps["undisturbed"] += [step() for _ in range(2)]
@@ -135,19 +144,8 @@ def run_rank(options: argparse.Namespace) -> None:
                 steps["during"].append(seconds)
         if number > 1:  # the first of each way takes memory and opens files for the first time
             stalls[name].append(stall)
-    if world.is_main:
-        answer = {
-            "stall_s": stalls,
-            "step_s": steps,
-            "probe_s": probes,
-            "bytes_a_rank": engine.capture().num_bytes,
-        }
-        (folder / "answer.json").write_text(json.dumps(answer))
-    else:
-        engine.capture()
-    close_session()
-    sys.stdout.flush()
-    os._exit(0)
+    num_bytes = engine.capture().num_bytes
+    return {"stall_s": stalls, "step_s": steps, "probe_s": probes, "bytes_a_rank": num_bytes}
 
 
 def figures(answer: dict[str, Any]) -> dict[str, Any]:

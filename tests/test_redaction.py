@@ -41,7 +41,7 @@ def test_a_secret_inside_another_one_leaves_no_rest() -> None:
     [
         ("TOKENIZERS_PARALLELISM", "falsefalse"),
         ("MAX_TOKENS", "100000000"),
-        ("HF_TOKEN_PATH", "/root/.cache/token"),
+        ("HF_TOKEN_PATH", "/secrets/token"),
         ("HF_TOKEN", "true"),
         ("KEYBOARD", "qwertyuiop"),
         ("SSH_AUTH_SOCK", "agent-socket-1"),

@@ -25,6 +25,7 @@ from sft_dist.data import store
 from sft_dist.data.sample import Sample
 from sft_dist.data.store import Refused, Shard
 from sft_dist.errors import ClusterError, StorageError, UserError
+from sft_dist.paths import sync
 
 _CHUNK = re.compile(r"chunk-([0-9]{5,18})\.json")
 
@@ -143,9 +144,9 @@ class Partial:
         store.write_manifest(scratch, manifest)
         self._publish(scratch, self._data / store.MANIFEST)
         try:
-            _sync(self._data)
+            sync(self._data)
             os.rename(self._data, self.folder)
-            _sync(self.folder.parent)
+            sync(self.folder.parent)
         except OSError:
             if not self.is_finished:
                 if self.folder.exists():
@@ -219,7 +220,7 @@ class Partial:
 
     def _publish(self, scratch: Path, path: Path) -> None:
         try:
-            _sync(scratch)
+            sync(scratch)
             os.replace(scratch, path)
         except FileNotFoundError:
             # Another run has finished the whole set; what we have made is in it.
@@ -245,15 +246,6 @@ def _summary(tree: Any) -> Summary:
         tuple(tree["stop_ids"]),
         tuple(Refused(**item) for item in tree["refused"]),
     )
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on disk: after a loss of power a name must not stand for less than what it was given to."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def shard_name(number: int) -> str:

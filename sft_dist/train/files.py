@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.errors import StorageError
+from sft_dist.paths import sync
 from sft_dist.redaction import find_secrets, redact_tree
 
 
@@ -21,7 +22,7 @@ def write_json(path: Path, tree: dict[str, Any], *, writer: str = "") -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -29,12 +30,3 @@ def write_json(path: Path, tree: dict[str, Any], *, writer: str = "") -> None:
 def masked(tree: Any) -> Any:
     """What is written of a tree: without the secrets of this process."""
     return redact_tree(tree, find_secrets(os.environ))
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk: a file's own fsync does not promise that it can be found."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

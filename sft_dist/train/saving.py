@@ -23,6 +23,7 @@ from sft_dist.distributed.preflight import nearest_existing
 from sft_dist.distributed.world import World
 from sft_dist.errors import StorageError, UserError
 from sft_dist.model.snapshot import Snapshot, write_file
+from sft_dist.paths import sync
 from sft_dist.train import lock
 from sft_dist.train.checkpoint import (
     FORMAT,
@@ -33,7 +34,7 @@ from sft_dist.train.checkpoint import (
     sealed,
     step_folder,
 )
-from sft_dist.train.files import sync_folder, write_json
+from sft_dist.train.files import write_json
 from sft_dist.train.retention import Removal
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ class Saving:
         lock.check_held(self._run_dir)
         write_json(self._temporary / MANIFEST, self._manifest)
         for folder in {self._temporary / Path(name).parent for name in self._manifest["files"]}:
-            sync_folder(folder)
+            sync(folder)
         faults.reach("save.before_rename", rank=0, step=self._state.step)
         replaced = self._temporary.with_name(f".tmp-replaced-{self._final.name}")
         if self._final.exists():
@@ -152,7 +153,7 @@ class Saving:
             # A network file system may say so of a rename that it has made: what counts is what is there.
             if self._temporary.exists() or not (self._final / MANIFEST).exists():
                 raise
-        sync_folder(self._final.parent)
+        sync(self._final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return self._tidy(Checkpoint(self._final, self._manifest))
 
