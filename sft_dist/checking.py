@@ -36,11 +36,12 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     except ClusterError as error:
         seen = "".join(f"\n  {facts.host}: {fault}" for fault in facts.faults)
         raise ClusterError(f"{error}{seen}") from error
+    need_gib, unknown = _checkpoint_gib(config)
     collectives.barrier()
     facts = replace(facts, clock_s=time.time())
-    facts = replace(facts, faults=(*facts.faults, *_unshared(world, preflight.nearest_existing(run_dir))))
+    facts = replace(facts, faults=(*facts.faults, *unknown, *_unshared(world, preflight.nearest_existing(run_dir))))
     everybody = collectives.gather(facts)
-    found = preflight.problems(everybody, need_gib=_checkpoint_gib(config))
+    found = preflight.problems(everybody, need_gib=need_gib)
     if world.is_main:
         print(preflight.table(everybody))
         print(f"{len(found)} problem{'s' if len(found) > 1 else ''}:" if found else "no problem of a host", *found,
@@ -55,12 +56,12 @@ def run(config: RunConfig, env: Mapping[str, str]) -> ExitCode:
     return ExitCode.CLUSTER if found else ExitCode.DONE
 
 
-def _checkpoint_gib(config: RunConfig) -> float:
-    """What a checkpoint takes; 0 where the model cannot be read, which is told of a path that is not there."""
+def _checkpoint_gib(config: RunConfig) -> tuple[float, tuple[str, ...]]:
+    """What a checkpoint takes; where the config.json of the model is not to be had, 0 and the fault that tells why."""
     try:
-        return checkpoint_bytes(config) / 2**30
-    except ConfigError:
-        return 0.0
+        return checkpoint_bytes(config) / 2**30, ()
+    except ConfigError as error:
+        return 0.0, (str(error),)
 
 
 def needed_paths(config: RunConfig) -> dict[str, str]:
