@@ -116,7 +116,7 @@ def _dispatch(options: argparse.Namespace) -> ExitCode:
                 block_items=options.block_items or score.BLOCK_ITEMS,
             )
         case "evaluate":
-            config = _config(options)
+            config = _language_model(options)
             from sft_dist import evaluation
 
             return evaluation.run(

@@ -206,6 +206,11 @@ class HeadConfig(Section):
             raise ValueError("labels: a choice needs at least two")
         return self
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether there is no language model's head."""
+        return self.kind != "none"
+
 
 class BatchConfig(Section):
     global_packs: Annotated[int, Field(ge=1)] = 8
@@ -402,6 +407,17 @@ class RunConfig(Section):
                     raise ValueError(
                         f"{key}: the model is frozen already, but for its adapters (adapter.kind); leave it out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_for_a_head(self) -> "RunConfig":
+        for key in ("train", "heldout", "retention"):
+            sources = getattr(self.data, key)
+            if self.head.kind == "none" and any(source.format == "labelled" for source in sources):
+                raise ValueError(
+                    f"data.{key}: format: labelled: a language model (head.kind: none) would learn the texts and not "
+                    "their labels; set head.kind, or another format"
+                )
         return self
 
     @model_validator(mode="after")

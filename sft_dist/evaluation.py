@@ -21,6 +21,7 @@ from sft_dist.export import check_pretrained
 from sft_dist.model import engine as engines
 from sft_dist.model import probe
 from sft_dist.preparation import heldout_set, policy, retention_set, share_of
+from sft_dist.score.output import check_writable
 from sft_dist.session import close_session, open_session, print_from_main
 from sft_dist.train import checkpoint as checkpoints
 from sft_dist.train import contract, files, rundir
@@ -53,21 +54,26 @@ def run(
 ) -> ExitCode:
     """Score data.heldout and data.retention at each coefficient; print the table and write it as JSON.
 
-    The model is that of the run folder, whatever the run file says of it. Raises ConfigError without data or without a
-    checkpoint, and where coefficients below 1 would need pre-trained weights that are no longer there.
+    The model with its adapters is that of the run folder, whatever the run file says of it. Raises ConfigError without
+    data or without a checkpoint, for a run that trained no language model, and where adapters or coefficients below 1
+    would need pre-trained weights that are no longer there; StorageError where the JSON cannot be written.
     """
     if len(set(coefficients)) < len(coefficients):
         raise UsageError("--interpolate: a coefficient is given twice")
     world = find_world(env)
     run_dir = Path(config.run_dir)
     saved = rundir.saved_config(run_dir)
-    config = config.model_copy(update={"model": saved.model, "seed": saved.seed})
+    contract.check_language_model(saved, config.run_dir)
+    # Of a run's file, what its weights are weights of.
+    own = {name: getattr(saved, name) for name in ("model", "adapter", "head", "seed")}
+    config = config.model_copy(update=own)
+    place = output or run_dir / OUTPUT
     share = share_of(world, env)
     heldout, retention = heldout_set(config, share), retention_set(config, share)
     if heldout is None and retention is None:
         raise ConfigError("data.heldout and data.retention are both empty: nothing to evaluate on")
     with open_session(world, config.watchdog) as watchdog:
-        found = collectives.on_main(lambda: _checkpoint(config, run_dir, which, coefficients))
+        found = collectives.on_main(lambda: _checkpoint(config, run_dir, which, coefficients, place))
         say_once = print_from_main(world)
         if found.manifest["template"] != load_renderer(config.model, config.data).template:
             say_once("note: this checkpoint was trained with another chat template than the one it is scored with")
@@ -77,10 +83,10 @@ def run(
             points.append(_point(config, world, found, coefficient, heldout, retention, watchdog))
             say_once(f"coefficient {coefficient:g}: " + _told(points[-1].nll()))
         before = _before(points, found, config, saved, heldout, retention)
-        place = output or run_dir / OUTPUT
+        if world.is_main:
+            print("\n".join(table(points, before, step=found.step)), flush=True)
         collectives.on_main(lambda: _write(place, run_dir, found, points, before))
         if world.is_main:
-            print("\n".join(table(points, before, step=found.step)))
             print(f"written to {place}")
         close_session()
     return ExitCode.DONE
@@ -101,8 +107,13 @@ def table(points: Sequence[Point], before: Mapping[str, float], *, step: int) ->
     ]
 
 
-def _checkpoint(config: RunConfig, run_dir: Path, which: str, coefficients: Sequence[float]) -> Checkpoint:
+def _checkpoint(
+    config: RunConfig, run_dir: Path, which: str, coefficients: Sequence[float], output: Path
+) -> Checkpoint:
+    """The checkpoint asked for. Raises whatever would be in the way of its figures, before they are computed."""
+    check_writable(output)
     found = checkpoints.find(run_dir, which)
+    contract.check_base(config, found)
     if any(coefficient < 1.0 for coefficient in coefficients):
         check_pretrained(config, found)
     return found

@@ -51,11 +51,6 @@ def run(
     has_adapters = config.adapter.kind != "none"
     if merge and not has_adapters:
         raise ConfigError(f"--merge: {run_dir} has trained all weights: there are no adapters to merge; leave it out")
-    if coefficient != 1.0 and (has_adapters or config.head.kind != "none"):
-        what = "adapters" if has_adapters else "a head"
-        raise ConfigError(
-            f"--interpolate: {run_dir} has trained {what}, which the pre-trained model lacks: nothing lies between"
-        )
     values = _values(config, checkpoint, coefficient)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +83,17 @@ def run(
 
 
 def check_pretrained(config: RunConfig, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError unless model.path holds the weights that the run of this checkpoint started from."""
+    """Raise ConfigError unless the checkpoint is of the same parameters as the pre-trained model, and model.path holds
+    the weights that its run started from.
+    """
     from sft_dist.model.loading import load_config, weights_fingerprint
 
+    has_adapters = config.adapter.kind != "none"
+    if has_adapters or config.head.kind != "none":
+        raise ConfigError(
+            f"--interpolate: {checkpoint.folder} holds {'adapters' if has_adapters else 'a head'}, which the "
+            "pre-trained model lacks: nothing lies between"
+        )
     found = weights_fingerprint(config.model.path, load_config(config.model, max_length=2))
     if found != checkpoint.manifest["weights"]:
         raise ConfigError(

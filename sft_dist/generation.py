@@ -67,6 +67,7 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
     if rundir.is_run_dir(model):
         saved = rundir.saved_config(Path(model))
         config, data, seed, adapter = saved.model, saved.data, saved.seed, saved.adapter
+        contract.check_language_model(saved, model)
         found = checkpoints.find(Path(model), which)
         contract.check_base(saved, found)
     else:

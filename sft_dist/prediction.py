@@ -44,7 +44,7 @@ def run(source: Path, file: Path, output: Path, env: Mapping[str, str], *, which
     labels = LabelSet(config.head.kind, config.head.labels, is_read=False)
     records = SourceConfig(path=str(file), format="labelled")
     data = config.data.model_copy(update={"on_bad_record": "refuse", "max_refused": 1.0})
-    dataset = prepare((records,), config.model, data, share_of(world, env))
+    dataset = prepare((records,), config.model, data, share_of(world, env), may_be_empty=True)
     selection = Selection(dataset, Policy(config.data.max_length, labels=labels))
     with open_session(world, config.watchdog) as watchdog:
         watchdog.enter("predicting")
@@ -68,6 +68,8 @@ def _logits(config: RunConfig, world: World, selection: Selection, run_dir: Path
     from sft_dist.train.evaluate import scoring_packs
 
     found = collectives.on_main(lambda: checkpoint.find(run_dir, which))
+    if not len(selection):  # every record is refused
+        return np.zeros((0, len(config.head.labels)))
     engine = engines.inference_engine(config, world, found.folder)
     answers = Answers()
     for pack in distribute(scoring_packs(selection), world.rank, world.size, config.batch.packs_per_micro_batch):

@@ -34,6 +34,16 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_key(tmp_path: Path) -> 
     assert "max_length: unknown key; did you mean data.max_length?" in message
 
 
+@pytest.mark.parametrize("key", ["train", "heldout", "retention"])
+def test_labelled_records_need_a_head(tmp_path: Path, key: str) -> None:
+    """A language model would learn their texts and pass over the labels."""
+    data = f"data: {{{key}: [{{path: a.jsonl, format: labelled}}]}}\n"
+    with pytest.raises(ConfigError, match=rf"data\.{key}: format: labelled: a language model \(head\.kind: none\)"):
+        load_config(write(tmp_path, MINIMAL + data))
+    if key != "retention":
+        load_config(write(tmp_path, MINIMAL + data + "head: {kind: single_label}\n"))
+
+
 def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
     overrides = ["optimizer.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "checkpoint.stop_at_step=3"]
     config = load_config(write(tmp_path, MINIMAL + "optimizer: {learning_rate: 1e-5}\n"), overrides)

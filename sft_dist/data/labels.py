@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -131,7 +132,9 @@ def find_names(kind: Kind, given: tuple[str, ...], distinct: Sequence[str], coun
         return (_OF_NUMBERS,) if width == 1 else tuple(f"{_OF_NUMBERS}_{place}" for place in range(width))
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
     names = {_name(item) for item in items}
-    return tuple(sorted(names, key=int) if names and all(map(_is_integer, names)) else sorted(names))
+    # Decimal: int() reads no more than some thousand digits. Names of one number, such as 7 and 07, need an order too.
+    is_numbered = all(map(_is_integer, names))
+    return tuple(sorted(names, key=lambda name: (Decimal(name), name)) if is_numbered else sorted(names))
 
 
 def tabulate(labels: LabelSet, distinct: Sequence[str], counts: Sequence[int]) -> LabelTable:
@@ -179,16 +182,31 @@ def _value(label: str, kind: Kind) -> Any:
         case "regression":
             value = _parsed(value) if isinstance(value, str) else value
             numbers = value if isinstance(value, list) else [value]
-            if not numbers or any(type(item) not in (int, float) or not math.isfinite(item) for item in numbers):
+            if not numbers or not all(type(item) in (int, float) and _is_finite(item) for item in numbers):
                 raise LabelFault("wrong kind of label", f"{short(label)}; head.kind: regression expects numbers")
     return value
 
 
 def _parsed(text: str) -> Any:
+    """The JSON value that a text is, else the text. Raises LabelFault for a list that would be refused as a list."""
     try:
-        return json.loads(text)
-    except ValueError:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return text
+    if isinstance(value, list):
+        try:
+            written(value)
+        except RecordError as error:
+            raise LabelFault(error.reason, error.detail) from None
+    return value
+
+
+def _is_finite(value: int | float) -> bool:
+    """Whether it is a finite float64."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _type(value: Any) -> str:

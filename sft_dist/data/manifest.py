@@ -66,8 +66,8 @@ def _num_duplicates(paths: Sequence[Path]) -> int:
     return len(first_sample) - len(np.unique(digests[first_sample].view("u8,u8")))
 
 
-def check_refused(dataset: PreparedDataset, data: DataConfig) -> None:
-    """Raise DataError where more is refused than the run file allows."""
+def check_refused(dataset: PreparedDataset, data: DataConfig, *, may_be_empty: bool = False) -> None:
+    """Raise DataError where more is refused than the run file allows, or all is (unless it may be)."""
     manifest = dataset.manifest
     reasons = Counter(manifest["num_refused"])
     num_refused, num_records = sum(reasons.values()), manifest["num_records"]
@@ -76,7 +76,7 @@ def check_refused(dataset: PreparedDataset, data: DataConfig) -> None:
             f"{num_refused:,} record(s) cannot be trained on:\n{_named(dataset, num_refused)}\n"
             "  mend them, or set data.on_bad_record: refuse to leave such records out, counted and listed"
         )
-    if not manifest["num_samples"]:
+    if not manifest["num_samples"] and not may_be_empty:
         paths = ", ".join(item["path"] for item in manifest["sources"])
         raise DataError(f"{paths}: no conversation is left: {summarise(reasons)}\n{_named(dataset, num_refused)}")
     if num_refused > data.max_refused * num_records:

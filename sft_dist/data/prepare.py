@@ -67,13 +67,18 @@ ALONE = Share()
 
 
 def prepare(
-    sources: Sequence[SourceConfig], model: ModelConfig, data: DataConfig, share: Share = ALONE
+    sources: Sequence[SourceConfig],
+    model: ModelConfig,
+    data: DataConfig,
+    share: Share = ALONE,
+    *,
+    may_be_empty: bool = False,
 ) -> PreparedDataset:
     """Return the prepared data set of these sources, preparing it first where it does not exist.
 
     With a share every rank calls this; all return the same, or all raise the same. Raises DataError for broken files,
-    for bad records as data.on_bad_record and data.max_refused say, and when nothing is left; StorageError when
-    data.cache_dir cannot be written; ClusterError when processes or files vanish.
+    for bad records as data.on_bad_record and data.max_refused say, and when nothing is left, unless it `may_be_empty`;
+    StorageError when data.cache_dir cannot be written; ClusterError when processes or files vanish.
     """
     formats.check_sources(sources)
     renderer = load_renderer(model, data, is_labelled=_is_labelled(sources))
@@ -85,7 +90,7 @@ def prepare(
     dataset = PreparedDataset(partial.folder)
     if is_found and share.rank == 0:
         _say_formats(sources, dataset.manifest["formats"])
-    check_refused(dataset, data)
+    check_refused(dataset, data, may_be_empty=may_be_empty)
     return dataset
 
 

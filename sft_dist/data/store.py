@@ -89,7 +89,13 @@ class SpanTable:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
     """Write samples as one Arrow stream with one record batch. Same samples, same bytes."""
-    rows = list(samples)
+    batch = _batch(list(samples))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        writer.write_batch(batch)
+    return Shard(path.name, len(batch), path.stat().st_size)
+
+
+def _batch(rows: Sequence[Sample]) -> pa.RecordBatch:
     spans = [span for sample in rows for span in sample.spans]
     num_spans = [len(sample.spans) for sample in rows]
     span_ints = np.array([_span_ints(span) for span in spans], np.int32).reshape(len(spans), len(_SPAN_INTS))
@@ -102,7 +108,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
         "digest": _flat(np.frombuffer(b"".join(sample.digest for sample in rows), "V16"), pa.binary(16)),
         "label": _strings([sample.label for sample in rows]),
         "ids": _lists(
-            np.concatenate([sample.ids for sample in rows], dtype=np.int32),
+            np.concatenate([np.zeros(0, np.int32), *(sample.ids for sample in rows)], dtype=np.int32),
             pa.int32(),
             [len(sample.ids) for sample in rows],
         ),
@@ -110,10 +116,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
     }
     for place, field in enumerate(_SPAN_INTS):
         columns[f"span_{field}"] = _lists(span_ints[:, place], pa.int32(), num_spans)
-    batch = pa.record_batch([columns[field.name] for field in SCHEMA], schema=SCHEMA)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        writer.write_batch(batch)
-    return Shard(path.name, len(rows), path.stat().st_size)
+    return pa.record_batch([columns[field.name] for field in SCHEMA], schema=SCHEMA)
 
 
 # Columns over numpy's memory, and back (`_numpy`): pa.array and to_numpy import pandas, half a second in every process.
@@ -199,6 +202,9 @@ class PreparedDataset:
             except (OSError, pa.ArrowException, StopIteration) as error:
                 raise StorageError(f"{path}: cannot be read: {error}; {_AGAIN.format(folder)}") from None
             first.append(first[-1] + shard.num_samples)
+        if not self._tables:  # all records were refused
+            self._tables.append(_batch([]))
+            first.append(0)
         self._first = np.array(first)
 
     def part(self, first: int, end: int) -> "PreparedDataset":

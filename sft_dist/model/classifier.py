@@ -125,7 +125,11 @@ def load(
     new = sorted({*report["missing_keys"], *mismatched})
     discarded = sorted(report["unexpected_keys"])
     _check_new(config, model, new, discarded, may_start_new=seed is not None)
-    if not new and before != list(config.head.labels):
+    inside = f"{model.base_model_prefix}."
+    omega = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+    # The outputs are the last layer; of what stands before it, a part may be new all the same.
+    outputs = {name for name in omega if name.rpartition(".")[0] == omega[-1].rpartition(".")[0]}
+    if not outputs <= set(new) and before != list(config.head.labels):
         raise ConfigError(
             f"model.path: {path}: its head has {len(before)} labels ({', '.join(before[:_NAMED])} ...), head.labels "
             f"are others ({', '.join(config.head.labels[:_NAMED])} ...); give those of the head, or a model without one"
@@ -139,9 +143,7 @@ def load(
             named = ", ".join(others[:_NAMED]) + (" ..." if len(others) > _NAMED else "")
             say(f"discarded of {path}, as the head of its pre-training: {named}")
     _check_positions(config, model)
-    inside = f"{model.base_model_prefix}."
-    outside = {name for name, _ in model.named_parameters() if not name.startswith(inside)}
-    return model, frozenset(outside.union(new))
+    return model, frozenset({*omega, *new})
 
 
 def _check_new(

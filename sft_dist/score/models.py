@@ -61,7 +61,9 @@ def _scorer(config: RunConfig, name: str, which: str) -> Scorer:
     if not rundir.is_run_dir(name):
         section = config.model.model_copy(update={"path": name})
         return Scorer(name, config.model_copy(update={"model": section}), None)
-    saved, found = rundir.saved_config(Path(name)), checkpoints.find(Path(name), which)
+    saved = rundir.saved_config(Path(name))
+    contract.check_language_model(saved, name)
+    found = checkpoints.find(Path(name), which)
     contract.check_base(saved, found)
     return Scorer(name, config.model_copy(update={"model": saved.model, "adapter": saved.adapter}), found)
 

@@ -35,6 +35,7 @@ _ARITHMETIC = ("torch", "deepspeed", "transformers")
 _RENDERING = ("model.control_tokens", "data.template_kwargs", "data.date")
 # Of tokenizer.json, what every text that is encoded here ignores.
 _NOT_ENCODING = {"truncation", "padding", "version"}
+_NAMED = 5  # labels in a message
 
 Difference = tuple[str, str]  # key of the run file that may allow it, the line that names it
 
@@ -106,6 +107,15 @@ def check_base(config: RunConfig, checkpoint: Checkpoint) -> None:
         raise ConfigError(f"{checkpoint.folder}: {_other_base(before, now)} ({config.model.path}); restore them")
 
 
+def check_language_model(config: RunConfig, run_dir: str) -> None:
+    """Raises ConfigError where a run, of which this is the saved run file, trained a head that writes no answers."""
+    if config.head.is_in_place:
+        raise ConfigError(
+            f"{run_dir}: trained a prediction head (head.kind: {config.head.kind}) in the place of the language "
+            "model's: there is nothing that answers or scores tokens; see predict and export"
+        )
+
+
 def check_initial(config: RunConfig, checkpoint: Checkpoint) -> None:
     """Raises ConfigError where a checkpoint cannot give this run its initial weights."""
     before, source = checkpoint.manifest["config"], config.model.init_from
@@ -116,6 +126,17 @@ def check_initial(config: RunConfig, checkpoint: Checkpoint) -> None:
             f"{list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use the same, or "
             "export that run and make the export this run's model.path"
         )
+    head = config.head
+    for key, old, now in (
+        ("head.kind", before.get("head.kind", "none"), head.kind),
+        ("head.labels", before.get("head.labels") or [], list(head.labels)),
+    ):
+        if old != now:
+            raise ConfigError(
+                f"model.init_from: {source} was trained with {key}: {_named(old)}, this run has {_named(now)}: what "
+                "the outputs of its head mean would change; use the same, or make a model without that head this "
+                "run's model.path"
+            )
     for key, now in flatten({"adapter": config.adapter.model_dump(mode="json")}).items():
         old = before.get(key, AdapterConfig.model_fields[key.removeprefix("adapter.")].default)
         if key != "adapter.dropout" and json.loads(json.dumps(old)) != now:
@@ -253,6 +274,13 @@ def _pair(name: str, old: Any, new: Any) -> str:
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else repr(value)
+
+
+def _named(value: str | Sequence[str]) -> str:
+    """A kind of head, or the first of its labels."""
+    if isinstance(value, str):
+        return value
+    return f"{len(value)} ({', '.join(value[:_NAMED])}{' ...' if len(value) > _NAMED else ''})"
 
 
 def _versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -73,6 +73,15 @@ def test_numbers_are_targets_as_they_are(values: list[float]) -> None:
         ("regression", ("value",), "NaN", "wrong kind of label"),
         ("regression", ("value",), [1, 2], "wrong number of values"),
         ("regression", ("value",), True, "wrong kind of label"),
+        ("regression", ("value",), 10**400, "wrong kind of label"),
+        ("regression", ("value",), "9" * 5000, "wrong kind of label"),
+        ("regression", ("value",), "[NaN]", "bad label"),
+        ("single_label", ("a", "b"), 10**400, "label out of range"),
+        ("multi_label", ("a", "b"), "[null]", "bad label"),
+        ("multi_label", ("a", "b"), '[{"x": 1}]', "bad label"),
+        ("multi_label", ("a", "b"), '["", "b"]', "bad label"),
+        ("multi_label", ("a", "b"), '["\\ud800"]', "broken text"),
+        ("multi_label", ("a", "b"), "[" * 5000, "wrong kind of label"),
     ],
 )
 def test_a_label_that_has_no_number_is_a_fault_with_a_name(
@@ -81,6 +90,19 @@ def test_a_label_that_has_no_number_is_a_fault_with_a_name(
     with pytest.raises(labels.LabelFault) as fault:
         LabelSet(kind, names).target(labels.written(label))
     assert fault.value.reason == reason
+    # Nor does it name an output, or end the search for names.
+    good = labels.written([1.5] if kind == "regression" else ["b"] if kind == "multi_label" else "b")
+    written = [good, labels.written(label)]
+    labels.find_names(kind, (), written, [1, 1])
+    assert 1 in labels.tabulate(LabelSet(kind, names), written, [1, 1]).faults
+
+
+def test_names_of_any_length_and_of_one_number_have_one_order() -> None:
+    """Text of csv files: more digits than int() reads; whatever the order of a set is, which differs between ranks."""
+    long = ["9" * 5000, "1" * 5000, "-" + "1" * 5000]
+    same = ["0" * zeros + "7" for zeros in range(20)]
+    names = labels.find_names("single_label", (), [labels.written(name) for name in (*long, *same, "8")], [1] * 24)
+    assert names == (long[2], *sorted(same), "8", long[1], long[0])
 
 
 def test_integers_are_places_where_names_are_given_as_text() -> None:

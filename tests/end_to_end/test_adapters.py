@@ -103,13 +103,37 @@ def test_a_run_answers_as_its_merged_model(trained: Place) -> None:
     assert told[0].stdout == told[1].stdout
 
 
+def test_evaluation_is_of_the_run_whatever_the_run_file_says_of_adapters(trained: Place) -> None:
+    output = trained.folder / "evaluation.json"
+    line = ["evaluate", str(trained.run_file), f"run_dir={trained.folder / 'run'}", "--checkpoint", "last"]
+    done = trained.verb(*line, "adapter={}", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads(output.read_text())["points"]
+    summary = json.loads((trained.folder / "run" / "summary.json").read_text())
+    assert point["heldout"]["all"]["nll"] == pytest.approx(summary["heldout_nll_after"], abs=1e-5)
+    assert abs(summary["heldout_nll_after"] - summary["heldout_nll_before"]) > 0.01
+
+
+def test_nothing_lies_between_the_pre_trained_model_and_adapters(trained: Place) -> None:
+    """A and B on their own lines are no point of the line of their product."""
+    run = trained.folder / "run"
+    for command in (
+        ["evaluate", str(trained.run_file), f"run_dir={run}", "--interpolate", "1,0.5"],
+        ["export", str(run), "--output", str(trained.folder / "between"), "--interpolate", "0.5"],
+    ):
+        done = trained.verb(*command)
+        assert done.returncode == 78, (command, done.stdout, done.stderr)
+        assert "holds adapters, which the pre-trained model lacks: nothing lies between" in done.stderr
+    assert not (trained.folder / "between").exists()
+
+
 def test_verify_compares_a_model_with_adapters(trained: Place) -> None:
     done = trained.verb("verify", str(trained.run_file), f"run_dir={trained.folder / 'unused'}", "--num", "4")
     assert done.returncode == 0 and "verify: all is as it must be" in done.stdout, done.stdout + done.stderr
 
 
 def test_edited_base_weights_are_refused_by_name(trained: Place, tmp_path: Path) -> None:
-    """To resume, to export and to score: the checkpoint holds nothing of the base."""
+    """To resume, to export, to score and to evaluate: the checkpoint holds nothing of the base."""
     for name in ("model", "run"):
         shutil.copytree(trained.folder / name, tmp_path / name)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -123,6 +147,7 @@ def test_edited_base_weights_are_refused_by_name(trained: Place, tmp_path: Path)
         ["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")],
         ["score", str(trained.run_file), "--model", str(tmp_path / "run"), "--output", str(tmp_path / "scores")],
         ["generate", "--model", str(tmp_path / "run"), "--prompt", "x"],
+        ["evaluate", str(trained.run_file), *overrides],
     ]
     for command in commands:
         done = trained.verb(*command)

@@ -122,6 +122,38 @@ def test_the_export_is_a_plain_classifier_and_predict_says_what_it_says_on_any_n
         assert line["label"] == max(expected, key=lambda name: expected[name])
 
 
+@pytest.mark.parametrize("text", ["", "card " * 70])
+def test_a_file_of_which_nothing_can_be_answered_has_all_its_lines(place: Place, tmp_path: Path, text: str) -> None:
+    write_jsonl(tmp_path / "new.jsonl", [{"id": f"r{number}", "text": text} for number in range(3)])
+    done = place.verb("predict", str(place.folder / "whole"), str(tmp_path / "new.jsonl"), "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    reason = "too long" if text else "no text"
+    assert "0 of 3 records answered" in done.stderr and f"refused 3: 3 {reason}" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert len(lines) == 3 and [line["refused"] for line in lines] == [reason] * 3
+    if text:
+        assert [line["id"] for line in lines] == ["r0", "r1", "r2"]
+
+
+def test_verbs_of_language_models_refuse_a_run_with_a_head_by_name(place: Place, tmp_path: Path) -> None:
+    """The run folder tells what was trained; a run file that has the head is refused before anything is read."""
+    run, output = str(place.folder / "whole"), str(tmp_path / "out")
+    evaluate = ["evaluate", str(place.run_file), f"run_dir={run}", "--interpolate", "0,1", "--output", output]
+    for command in (
+        [*evaluate, "head={}"],
+        ["score", str(place.run_file), "head={}", "--model", run, "--output", output],
+        ["generate", "--model", run, "--prompt", "card"],
+    ):
+        done = place.verb(*command)
+        assert done.returncode == 78, (command, done.stdout, done.stderr)
+        assert "trained a prediction head (head.kind: single_label)" in done.stderr, done.stderr
+    done = place.verb(*evaluate)
+    assert done.returncode == 2 and "evaluate: not known for a prediction head" in done.stderr, done.stderr
+    exported = place.verb("export", run, "--output", output, "--interpolate", "0.5")
+    assert exported.returncode == 78 and "holds a head, which the pre-trained model lacks" in exported.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_decoder_learns_several_labels_from_messages(place: Place, tmp_path: Path) -> None:
     build_model(tmp_path / "llama")
     records = [

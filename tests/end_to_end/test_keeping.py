@@ -174,9 +174,11 @@ def test_there_must_be_something_to_evaluate(tuned: tuple[Place, list[str]], tmp
         ([f"run_dir={place.folder / 'run'}", "data.heldout=[]"], 78, "both empty"),
         ([f"run_dir={place.folder / 'run'}", "--interpolate", "0,0"], 2, "given twice"),
         ([f"run_dir={place.folder / 'run'}", "--checkpoint", "5"], 78, "no checkpoint of step 5"),
+        ([f"run_dir={place.folder / 'run'}", "--output", f"{place.run_file}/x.json"], 74, "x.json: cannot be written"),
     ):
         done = place.verb("evaluate", str(place.run_file), *options)
         assert done.returncode == code and said in done.stderr, done.stderr
+        assert "coefficient" not in done.stdout + done.stderr.replace("--interpolate: a coefficient", ""), "computed"
 
 
 def test_a_run_that_forgets_too_much_ends_and_stays_ended_until_it_may_go_on(

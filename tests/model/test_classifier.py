@@ -1,6 +1,7 @@
 """A prediction head over packed samples, against plain transformers in float64, one sample at a time."""
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from sft_dist.config import HeadConfig, ModelConfig, RunConfig
+from sft_dist.config import DataConfig, HeadConfig, ModelConfig, RunConfig
 from sft_dist.data.sample import Sample, Span
 from sft_dist.data.selection import Example
 from sft_dist.errors import ConfigError
 from sft_dist.model import attention, bidirectional
 from sft_dist.model.batch import collate
 from sft_dist.model.classifier import Classifier, choose_attention, last_tokens
+from sft_dist.model.classifier import load as classifier_of
 from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.layers import decoder_layers
 from tests.helpers.encoders import ENCODERS, build_encoder, make_labelled
@@ -231,6 +234,72 @@ def test_a_frozen_backbone_stays_and_its_head_is_trained(gradients: dict[tuple[i
     assert len(inside) > 30
     assert all(torch.equal(frozen["second"][name], frozen["start"][name]) for name in inside)
     assert float((frozen["second"]["classifier.weight"] - frozen["start"]["classifier.weight"]).abs().min()) > 0
+
+
+def drops(model: torch.nn.Module) -> dict[str, bool]:
+    """Name of each module of dropout -> whether it draws."""
+    return {name: module.training for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_frozen_backbone_draws_no_dropout_while_its_head_does(tmp_path: Path, is_frozen: bool) -> None:
+    model = load(build_encoder(tmp_path / "bert", "bert", dropout=0.5), bidirectional.NAME).float()
+    omega = frozenset({"classifier.weight", "classifier.bias"})
+    head = HeadConfig(kind="single_label", freeze_backbone=is_frozen)
+    classifier = Classifier(model, omega, head, decoder_layers(model))
+    classifier.train()
+    draws = drops(model)
+    assert len(draws) > 3 and draws.pop("dropout"), "that of the head"
+    assert set(draws.values()) == {not is_frozen}
+    torch.manual_seed(0)
+    batch = collate([example([1, 5, 6, 7, 2], 3, [0.0], 1.0)])
+    inside = [model.base_model(**classifier._row(batch)).last_hidden_state for _ in range(2)]
+    assert torch.equal(*inside) is is_frozen
+    classifier.eval()
+    assert not any(drops(model).values())
+
+
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of classifiers of the labels a, b, c, as transformers saves them."""
+    base = tmp_path_factory.mktemp("classifiers")
+    names = dict(enumerate("abc"))
+    for family in ENCODERS:
+        tokenizer = AutoTokenizer.from_pretrained(build_encoder(base / "plain" / family, family))
+        model = AutoModelForSequenceClassification.from_pretrained(base / "plain" / family, id2label=names)
+        model.save_pretrained(base / family)
+        tokenizer.save_pretrained(base / family)
+    return {family: base / family for family in ENCODERS}
+
+
+@pytest.mark.parametrize(
+    ("family", "lost"),
+    [("bert", None), ("bert", "bert.pooler."), ("roberta", "classifier.dense."), ("distilbert", "pre_classifier.")],
+)
+def test_a_head_of_other_labels_is_refused_also_where_what_stands_before_it_is_new(
+    with_heads: dict[str, Path], tmp_path: Path, family: str, lost: str | None
+) -> None:
+    folder = Path(shutil.copytree(with_heads[family], tmp_path / family))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if lost is None or not name.startswith(lost)}
+    assert (len(kept) < len(weights)) is (lost is not None)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def loaded(*labels: str) -> dict[str, torch.Tensor]:
+        head = HeadConfig(kind="single_label", labels=labels)
+        config = RunConfig(
+            run_dir="unused", model=ModelConfig(path=str(folder)), head=head, data=DataConfig(max_length=64)
+        )
+        model_config = AutoConfig.from_pretrained(folder)
+        model, _ = classifier_of(config, model_config, dtype=torch.float32, seed=0, is_main=True)
+        return dict(model.named_parameters())
+
+    output = "classifier.out_proj.weight" if family == "roberta" else "classifier.weight"
+    assert torch.equal(loaded("a", "b", "c")[output], weights[output])
+    for labels in (("c", "b", "a"), ("x", "y", "z")):
+        with pytest.raises(ConfigError, match=r"its head has 3 labels \(a, b, c \.\.\.\), head\.labels are others"):
+            loaded(*labels)
+    assert len(loaded("x", "y")[output]) == 2, "of another number nothing is kept"
 
 
 @pytest.mark.parametrize("family", ["mpnet", "deberta-v2", "modernbert", "bart", "roformer"])

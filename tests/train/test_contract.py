@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from sft_dist.config import RunConfig, explain, load_config, may_change
+from sft_dist.config import RunConfig, explain, flatten, load_config, may_change
 from sft_dist.errors import ConfigError
 from sft_dist.model import loading
 from sft_dist.preparation import training_set
@@ -255,6 +255,40 @@ def test_other_base_weights_are_refused_where_the_checkpoint_holds_adapters_alon
     notes = contract.check(written, now, world_size=2, allow_changed=("model.path",))
     assert not any("come from the checkpoint" in note for note in notes)
     contract.check_base(place.config(), place.written())
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({}, {}, None),
+        ({"kind": "single_label", "labels": ["a", "b"]}, {"kind": "single_label", "labels": ["a", "b"]}, None),
+        ({"kind": "single_label", "labels": ["a", "b"]}, {"kind": "single_label", "labels": ["b", "a"]}, "head.labels"),
+        ({"kind": "single_label", "labels": ["a", "b"]}, {"kind": "multi_label", "labels": ["a", "b"]}, "head.kind"),
+        ({"kind": "single_label", "labels": ["a", "b"]}, {}, "head.kind"),
+        ({}, {"kind": "single_label", "labels": ["a", "b"]}, "head.kind"),
+    ],
+)
+def test_a_run_starts_from_another_with_the_same_head_only(
+    original: Place, before: dict[str, Any], now: dict[str, Any], named: str | None
+) -> None:
+    old, new = (original.config(**{f"head.{key}": value for key, value in head.items()}) for head in (before, now))
+    written = Checkpoint(Path("step-00000004"), {"config": flatten(old.model_dump(mode="json"))})
+    new = new.model_copy(update={"model": new.model.model_copy(update={"init_from": "runs/first"})})
+    if named is None:
+        contract.check_initial(new, written)
+        return
+    with pytest.raises(ConfigError, match=rf"model\.init_from: runs/first was trained with {named}: .*, this run has"):
+        contract.check_initial(new, written)
+
+
+def test_a_start_from_another_checkpoint_is_lost_whatever_the_base_is(original: Place) -> None:
+    """With model.init_from the weights at step 0 are those of that run's checkpoint."""
+    first, second = original.before | {"initial": "1" * 16}, original.before | {"initial": "2" * 16}
+    assert contract.start_lost(first, first) is None
+    assert contract.start_lost(first, first | {"weights": "other"}) is None, "of which nothing is used"
+    for before, now in ((first, second), (first, original.before), (original.before, first)):
+        found = contract.start_lost(before, now)
+        assert found is not None and found[0] == "model.init_from" and "its newest checkpoint, sha256" in found[1]
 
 
 def test_another_number_of_ranks_is_said(original: Place) -> None:  # 57

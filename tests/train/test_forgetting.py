@@ -1,7 +1,7 @@
 """What a run forgets: which values may be compared, when it is too much, and how it is told."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from sft_dist.preparation import retention_set, say_retention_overlap
 from sft_dist.train import forgetting
 from sft_dist.train.checkpoint import TrainState
 from sft_dist.train.details import Details
-from sft_dist.train.forgetting import Retention, SourceNll
+from sft_dist.train.forgetting import Retention, SourceNll, source_digests
 from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.models import build_model
 from tests.helpers.samples import select
@@ -40,6 +40,12 @@ def test_too_much_is_any_source_beyond_the_limit_and_the_worst_is_named(
         worst = max(rises.values())
         assert any(f"source {name} has" in said for name, rise in rises.items() if rise == worst)
     assert forgetting.excess(known, None) is None
+
+
+def test_a_rise_of_exactly_the_limit_is_allowed() -> None:
+    known = (SourceNll("wiki", "c", 9, 1.0, 1.5),)
+    assert forgetting.excess(known, 0.5) is None
+    assert forgetting.excess(known, np.nextafter(0.5, 0.0)) is not None
 
 
 @given(known=sources)
@@ -88,6 +94,20 @@ def test_values_at_step_0_stay_and_other_content_is_not_compared_with_them(tmp_p
         "code": (9.0, 9.0),
         "new": (9.0, 9.0),
     }
+
+
+def test_windows_and_targets_are_content(tmp_path: Path) -> None:
+    """The same records in windows of other lengths, or with other targets, have NLLs that cannot be compared."""
+    span = Span(0, "text", 0, 1, 40, 40, is_owned=True)
+    text = [Sample("t", 0, "wiki", np.arange(40, dtype=np.int32), (span,), num_turns=0, digest=b"t" * 16)]
+    marked = [replace(text[0], spans=(replace(span, output_start=10),))]
+
+    def digest(name: str, some: list[Sample], max_length: int) -> str:
+        return source_digests(select(tmp_path / name, some, max_length=max_length, overflow="truncate_turns"))["wiki"]
+
+    assert digest("1", text, 30) == digest("2", text, 30)
+    assert digest("6", text, 30) != digest("3", text, 25), "two windows each"
+    assert digest("4", text, 64) != digest("5", marked, 64), "targets"
 
 
 def test_people_see_what_was_kept_beside_what_was_learned() -> None:
