@@ -127,7 +127,7 @@ def _with_group(
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
     from sft_dist.train import checkpoint, contract, files, rundir
-    from sft_dist.train.drift import DriftMeter
+    from sft_dist.train.drift import DriftMeter, start_to_measure
     from sft_dist.train.forgetting import Retention
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
@@ -161,7 +161,7 @@ def _with_group(
     needs_start = resumed is None or measures or config.anchor.decay > 0 or config.anchor.kl > 0
     initial = initial_weights(config, say_once) if needs_start else None
     engine = engines.training_engine(config, world, initial)
-    pretrained = engine.pretrained(config, initial) if measures else None
+    pretrained = start_to_measure(engine, config, initial, say_once) if measures else None
     engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
     state = checkpoint.TrainState()

@@ -40,7 +40,7 @@ from sft_dist.model import (
 from sft_dist.model.batch import Batch
 from sft_dist.model.classifier import Classifier
 from sft_dist.model.fused_head import LossTerms, TokenValues
-from sft_dist.model.layers import compile_layers, decoder_layers
+from sft_dist.model.layers import ask_for_input_gradients, compile_layers, decoder_layers
 from sft_dist.model.logprobs import HiddenRows, TokenLogprobs
 from sft_dist.model.snapshot import Snapshot, write_file
 from sft_dist.model.stored import StoredTensors
@@ -398,6 +398,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     frozen = groups.freeze(model.model, config.model.freeze)
     if frozen is not None and world.is_main:
         say(frozen)
+    ask_for_input_gradients(layers)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
     if config.model.compile:
