@@ -81,9 +81,9 @@ class DriftMeter:
 def start_to_measure(
     engine: Engine, config: RunConfig, initial: Path | None, say_once: Callable[[str], None]
 ) -> anchor.Pretrained | None:
-    """θ̂ of an engine whose weights are those of the files, or of the checkpoint `initial`; None where these cannot be read.
+    """θ̂ of an engine whose weights are those of the files, or of the checkpoint `initial`. A collective.
 
-    A collective: that nothing is measured is no reason to end a training.
+    None where these cannot be read: that nothing is measured is no reason to end a training.
     """
     found, problem = None, ""
     try:
