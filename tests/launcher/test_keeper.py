@@ -75,7 +75,8 @@ class Kept:
     def leave(self) -> tuple[int, str]:
         """The code of the keeper, which has stayed until now, and what it has said."""
         (process,) = self.processes
-        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
         self.line.let_go()
         _, said = process.communicate(timeout=TIMEOUT_S)
         return process.returncode, said

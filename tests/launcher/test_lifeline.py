@@ -144,7 +144,7 @@ def test_ranks_that_do_not_come_are_missed_unless_the_job_may_be_queued(
     line.close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(45)
 def test_strangers_that_take_all_descriptors_lose_them_to_a_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     line = Lifeline(("127.0.0.1",), num_ranks=8)
@@ -167,7 +167,7 @@ def test_strangers_that_take_all_descriptors_lose_them_to_a_keeper(monkeypatch: 
     line.close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(45)
 def test_ranks_for_which_there_are_no_descriptors_are_missed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     line = Lifeline(("127.0.0.1",), num_ranks=8)
