@@ -284,7 +284,8 @@ class CheckpointConfig(Section):
     stop_at_step: Annotated[int, Field(ge=1)] | None = None
     """Checkpoint and leave with code 75 after this step; the schedule is not changed by it."""
     stop_before_end_s: Annotated[float, Field(ge=0)] = 120.0
-    """Seconds before a Slurm job's time limit, beside twice the longest step, at which to save and leave with 75."""
+    """Save and leave with 75 when a Slurm job's time limit is nearer than this many seconds, one more step and a save
+    together: the step as the longest so far, the save as the longest beside the steps and no less than that step."""
     allow_changed: tuple[str, ...] = ()
     """Fixed keys (config --explain) that may differ from the resumed checkpoint's run file all the same."""
 
