@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import sft_dist
-from sft_dist.config import AdapterConfig, ModelConfig, RunConfig
+from sft_dist.config import AdapterConfig, HeadConfig, ModelConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
@@ -29,6 +29,7 @@ from sft_dist.model import (
     adapters,
     anchor,
     attention,
+    beside,
     classifier,
     groups,
     interpolation,
@@ -182,6 +183,11 @@ class Engine:
         """Whether the model has a prediction head in the place of the language model's."""
         return isinstance(self._engine.module, Classifier)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a prediction head, in the place of the language model's or beside it."""
+        return self.is_classifier or self._engine.module.beside is not None
+
     def on_forward(self, action: Callable[[], None]) -> None:
         """Call `action` at the beginning of every forward from now on."""
         self.causal_lm.get_input_embeddings().register_forward_pre_hook(lambda *_: action())
@@ -296,20 +302,27 @@ class Engine:
             group["lr"] = learning_rate * group["lr_factor"]
 
     def own_parts(self) -> list[anchor.Part]:
-        """This rank's part of every parameter, by the names of transformers; for engines that train."""
-        return anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
+        """This rank's part of every parameter of θ, by the names of transformers; for engines that train.
+
+        A new head is no part of θ, and is nowhere in θ̂.
+        """
+        parts = anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
+        return [part for part in parts if part.name not in self._engine.module.omega]
 
     def decay_to_start(self, config: RunConfig) -> None:
         """Decay toward θ̂, the weights as they are now, with every step from now on."""
         self._pretrained = self._in_reference() or anchor.kept_in_memory(self.own_parts(), config.anchor)
-        exempt = config.model.allow_new_parameters  # no pre-trained value is known to stay at
+        # No pre-trained value is known to stay at.
+        exempt = (*config.model.allow_new_parameters, *self._engine.module.omega)
         anchor.pull(self._engine, self._pretrained, decay=config.anchor.decay, exempt=exempt, prefix=_WRAPPED)
 
     def pretrained(self, config: RunConfig, initial: Path | None) -> anchor.Pretrained:
         """This rank's part of θ̂; to be asked for before the weights, as the files gave them, change."""
         if (known := self._pretrained or self._in_reference()) is not None:
             return known
-        shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.causal_lm.named_parameters()}
+        omega = self._engine.module.omega
+        parameters = self.causal_lm.named_parameters()
+        shapes = {name: tuple(parameter.ds_shape) for name, parameter in parameters if name not in omega}
         if initial is not None:
             readers = _checkpoint_readers(initial, shapes)
         else:
@@ -403,7 +416,9 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     if config.model.compile:
         compile_layers(layers)
     optimizer = torch.optim.AdamW(
-        classifier.with_head_rate(groups.parameter_groups(model.model, layers, config.optimizer), model, config),
+        classifier.with_head_rate(
+            groups.parameter_groups(model.model, layers, config.optimizer), model.model, model.omega, config
+        ),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -454,7 +469,9 @@ def _frozen_engine(
     tree = resolve_deepspeed_config(config)
     seed = None if weights is None else config.seed
     if weights is None:
-        config = config.model_copy(update={"adapter": AdapterConfig()})  # one that nothing has trained changes nothing
+        # What nothing has trained changes nothing, or says nothing.
+        head = HeadConfig() if config.head.is_beside else config.head
+        config = config.model_copy(update={"adapter": AdapterConfig(), "head": head})
     model, layers = _sharded_model(config, world, tree, weights, seed=seed, coefficient=coefficient)
     model.requires_grad_(False)
     if config.model.compile:
@@ -500,9 +517,10 @@ def _sharded_model(
     added = loading.new_tokens(config.model)
     if config.adapter.kind != "none":
         adapters.check_tokens(added)
-    announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
-    if config.head.kind != "none":
+    shape = beside.find_shape(config, model_config) if config.head.is_beside else None
+    announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
+    if config.head.is_in_place:
         return _with_head(config, world, model_config, weights, seed=seed)
     model = loading.load_causal_lm(
         config.model,
@@ -531,10 +549,12 @@ def _sharded_model(
         say(chosen.reason)
     del announced
     layers = _layers_as_leaves(model, world)
-    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
+    is_new = world.is_main and weights is None
+    head = None if shape is None else beside.attach(model, shape, config, is_main=is_new)
+    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha, beside=head)
     if weights is not None:
         between = partial(interpolation.between, coefficient=coefficient)
-        zero.assign(model, stored_parameters(weights), between, but=base)
+        zero.assign(model, stored_parameters(weights), between, but=base | wrapped.omega)
     return wrapped, layers
 
 
