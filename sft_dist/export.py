@@ -41,6 +41,7 @@ def run(
     from sft_dist.model.loading import load_config
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # each class passes over the other's head; what it misses is looked at below
     set_environment()
     config = rundir.saved_config(run_dir)
     checkpoint = find(run_dir, which)

@@ -47,7 +47,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], A
     found: dict[tuple[int, str], Any] = {(0, name): case for name, case in cases.items()}
     for size, per_forward in sorted(LAYOUTS.items(), reverse=True):  # the first saves what the others load
         layout = {"per_forward": per_forward, "reduce_once": size != 2}
-        some = {name: case | layout for name, case in cases.items()}
+        some = {name: case | layout for name, case in cases.items() if size == 2 or name != "gpt2 regression"}
         if size == 2:
             # So strong a pull that a step goes half of the way back.
             some["pulled"] = some["continued"] | {"saved": str(base / "pulled"), "anchor": {"decay": 50.0}}
@@ -70,8 +70,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], A
 def test_the_gradient_of_both_losses_is_that_of_plain_transformers_conversation_by_conversation(
     answers: dict[tuple[int, str], Any], name: str
 ) -> None:
-    case, found = answers[0, name], [answers[size, name] for size in LAYOUTS]
-    assert found[1]["empty_forwards"], "a rank without any sample of its own takes part"
+    case, found = answers[0, name], [answers[size, name] for size in LAYOUTS if (size, name) in answers]
+    assert found[-1]["empty_forwards"], "a rank without any sample of its own takes part"
     records = [json.loads(line) for line in Path(case["data"]).read_text().splitlines()]
     model, tokenizer = oracle.load(Path(case["model"]))
     omega = found[0]["parameters"]["score.weight"].double().requires_grad_()
