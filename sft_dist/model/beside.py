@@ -96,6 +96,16 @@ def attach(causal_lm: Any, shape: Shape, config: RunConfig, *, is_main: bool) ->
     return LabelHead(causal_lm.score, frozenset(names), shape.padding, config.head.kind)
 
 
+def say_left_out(config: RunConfig, model_config: Any) -> None:
+    """Say that a run without such a head starts from a folder with one; `model_config` is that of the folder."""
+    if getattr(model_config, "problem_type", None) is None:
+        return
+    stored = StoredTensors(loading.folder_of(config.model.path))
+    if names := sorted(name for name in stored.shapes if name.startswith(PREFIX)):
+        say(f"{config.model.path}: a prediction head beside the language model's is left out: {', '.join(names)}")
+    stored.close()
+
+
 def _continue(causal_lm: Any, names: list[str], stored: StoredTensors, config: RunConfig) -> None:
     known = list(causal_lm.config.id2label.values())
     if known != list(config.head.labels):

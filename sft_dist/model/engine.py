@@ -550,6 +550,8 @@ def _sharded_model(
     del announced
     layers = _layers_as_leaves(model, world)
     is_new = world.is_main and weights is None
+    if shape is None and is_new:
+        beside.say_left_out(config, model_config)
     head = None if shape is None else beside.attach(model, shape, config, is_main=is_new)
     wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha, beside=head)
     if weights is not None:

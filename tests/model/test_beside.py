@@ -50,7 +50,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], A
         some = {name: case | layout for name, case in cases.items() if size == 2 or name != "gpt2 regression"}
         if size == 2:
             # So strong a pull that a step goes half of the way back.
-            some["pulled"] = some["continued"] | {"saved": str(base / "pulled"), "anchor": {"decay": 50.0}}
+            some["pulled"] = some["continued"] | {"saved": str(base / "pulled"), "anchor": {"decay": 50.0, "kl": 0.1}}
             gpt2 = build_model(base / "dropout", "gpt2", dropout=0.1)
             some["exact"] = {
                 "case": "exact",
