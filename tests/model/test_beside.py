@@ -27,7 +27,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], A
     cases: dict[str, dict[str, Any]] = {}
     for name, (language_model_weight, weight) in WEIGHTS.items():
         family, kind = name.split()
-        records = make_beside(20, kind=kind)
+        records = make_beside(16, kind=kind)
         for number, record in enumerate(records):
             record["weight"] = [1.0, 0.5, 2.0][number % 3]
         data = base / f"{kind}.jsonl"
@@ -84,7 +84,8 @@ def test_the_gradient_of_both_losses_is_that_of_plain_transformers_conversation_
         kinds.add(("label" in record, any(message["role"] == "assistant" for message in record["messages"])))
         ids, targets = oracle.sequence(tokenizer, record["messages"])
         row = torch.tensor([ids])
-        logits = model(input_ids=row, use_cache=False).logits[0, :-1]
+        output = model(input_ids=row, use_cache=False, output_hidden_states=True)
+        logits = output.logits[0, :-1]
         turn_of, turn = [], 0  # of each token
         for before, target in zip([-100, *targets], targets, strict=False):
             turn += before == -100 and target != -100
@@ -97,7 +98,7 @@ def test_the_gradient_of_both_losses_is_that_of_plain_transformers_conversation_
             masses["tokens"] += record["weight"] * (1 if by_turn else len(of_turn))
         if "label" not in record:
             continue
-        said = omega @ model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1]
+        said = omega @ output.hidden_states[-1][0, -1]
         sums["labels"] = sums["labels"] + record["weight"] * _label_loss(case["kind"], said, record["label"], names)
         masses["labels"] += record["weight"]
     assert len(kinds) == 3, "conversations with both, without a label, and without an answer"
