@@ -96,10 +96,8 @@ def attach(causal_lm: Any, shape: Shape, config: RunConfig, *, is_main: bool) ->
     return LabelHead(causal_lm.score, frozenset(names), shape.padding, config.head.kind)
 
 
-def say_left_out(config: RunConfig, model_config: Any) -> None:
-    """Say that a run without such a head starts from a folder with one; `model_config` is that of the folder."""
-    if getattr(model_config, "problem_type", None) is None:
-        return
+def say_left_out(config: RunConfig) -> None:
+    """Say it where a run without such a head starts from a folder with one."""
     stored = StoredTensors(loading.folder_of(config.model.path))
     if names := sorted(name for name in stored.shapes if name.startswith(PREFIX)):
         say(f"{config.model.path}: a prediction head beside the language model's is left out: {', '.join(names)}")

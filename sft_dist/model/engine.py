@@ -408,6 +408,8 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
 
     tree = resolve_deepspeed_config(config)
     model, layers = _sharded_model(config, world, tree, initial, seed=config.seed)
+    if initial is None and config.head.kind == "none" and world.is_main:
+        beside.say_left_out(config)
     frozen = groups.freeze(model.model, config.model.freeze)
     if frozen is not None and world.is_main:
         say(frozen)
@@ -550,8 +552,6 @@ def _sharded_model(
     del announced
     layers = _layers_as_leaves(model, world)
     is_new = world.is_main and weights is None
-    if shape is None and is_new:
-        beside.say_left_out(config, model_config)
     head = None if shape is None else beside.attach(model, shape, config, is_main=is_new)
     wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha, beside=head)
     if weights is not None:
