@@ -2,8 +2,8 @@
 
 What is usual comes from published recipes, read on 2026-11-21 (docs/moderation.md names them). Learning rates fall with
 the model's size: SmolLM2 135M and 360M 1e-3, SmolLM2 1.7B 3e-4, SmolLM3 3B and Zephyr 7B 2e-5, Tülu 3 8B 5e-6 and 70B
-2e-6, Llama 2 7B to 70B 2e-5 (arXiv 2307.09288, section 3.1); all warm up over 3 to 10 % of the steps and pass over the
-data one to five times.
+2e-6, Llama 2 7B to 70B 2e-5 (arXiv 2307.09288, section 3.1); those that say so warm up over 3 to 10 % of the steps, and
+all pass over the data one to five times.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def warnings(config: RunConfig, facts: Facts) -> list[str]:
     optimizer = config.optimizer
     highest = highest_usual_rate(facts.num_parameters)
     found = []
-    if optimizer.learning_rate > _FAR_ABOVE * highest:
+    if config.adapter.kind == "none" and optimizer.learning_rate > _FAR_ABOVE * highest:
         found.append(
             f"optimizer.learning_rate: {optimizer.learning_rate:g} takes a model of {_size(facts.num_parameters)} "
             f"parameters far from what it knew; published recipes of this size use {highest:g} at most"

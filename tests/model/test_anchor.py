@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "anchor": {"decay": 30.0},
         "optimizer": OPTIMIZER | {"layer_decay": 0.7},
         "freeze": ["*embed_tokens*", "*layers.0.mlp*", "*layers.2.*norm*"],
+        "gradient_checkpointing": False,  # the input of the first layer needs no gradient, and nothing computes it anew
     },
     "divergence": {"family": "llama", "anchor": {"kl": 2.0, "decay": 10.0}, "optimizer": OPTIMIZER},
     "measured only": {"family": "llama", "optimizer": OPTIMIZER, "freeze": ["*layers.1.*"]},
