@@ -114,7 +114,9 @@ class AdapterConfig(Section):
         return self
 
 
-RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens", "labelled"]
+RecordFormat = Literal[
+    "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens", "labelled", "labelled_chat"
+]
 
 
 class SourceConfig(Section):
@@ -186,6 +188,11 @@ class HeadConfig(Section):
     kind: Literal["none", "single_label", "multi_label", "regression"] = "none"
     """A prediction head in the place of the language model's: one of several labels, any of several labels, or numbers;
     none: language modelling. Records are then texts, pairs of texts or messages with a `label`."""
+    language_model_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Above 0 the head stands beside the language model's: conversations with a `label`, answers or both are trained in
+    the same steps, and this is the factor of the language model's loss; 0: in its place."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the head's own loss, with language_model_weight above 0."""
     labels: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ()
     """Names of the head's outputs in the order of their ids; empty: those of the training data, sorted."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -204,7 +211,26 @@ class HeadConfig(Section):
             raise ValueError("kind: none has no labels, learning_rate or freeze_backbone; set kind to single_label ...")
         if self.kind == "single_label" and len(self.labels) == 1:
             raise ValueError("labels: a choice needs at least two")
+        if self.kind == "none" and self.language_model_weight:
+            raise ValueError("language_model_weight: kind: none has no head beside; set kind to single_label ...")
+        if self.weight != 1 and not self.language_model_weight:
+            raise ValueError("weight: alone in a loss it changes nothing; it is for language_model_weight above 0")
+        if self.is_beside and self.freeze_backbone:
+            raise ValueError(
+                "freeze_backbone: the language model that is to be trained beside (language_model_weight) would stay "
+                "as it is; leave one of the two out, or freeze parts of it with model.freeze"
+            )
         return self
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether the language model keeps its own head."""
+        return self.kind != "none" and self.language_model_weight > 0
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether there is no language model's head."""
+        return self.kind != "none" and not self.is_beside
 
 
 class BatchConfig(Section):
@@ -413,6 +439,13 @@ class RunConfig(Section):
             raise ValueError(
                 "data.overflow: truncate_turns cuts texts that have one label (head.kind); use drop or error"
             )
+        if self.head.is_beside:
+            if self.adapter.kind != "none":
+                raise ValueError(
+                    "adapter.kind: not known with a head beside the language model's (head.language_model_weight); "
+                    "leave it out"
+                )
+            return self
         for key in ("label_smoothing", "z_loss", "neftune_alpha"):
             if getattr(self.objective, key):
                 raise ValueError(f"objective.{key}: not known with a head (head.kind: {self.head.kind}); leave it out")

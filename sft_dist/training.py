@@ -66,9 +66,11 @@ def _write_failure(run_dir: Path, exit_code: int, reason: str, holder: "Process 
 
 
 def _train(config: RunConfig, world: World, share: Share, with_profile: bool) -> ExitCode:
-    from sft_dist.model import loading
+    from sft_dist.model import beside, loading
     from sft_dist.session import close_session, open_session
 
+    if config.head.is_beside:
+        beside.check_decoder(config, loading.load_config(config.model, max_length=2))
     # Before any process group exists, so that no collective waits for a tokeniser.
     config = with_labels(config, share)
     selection, plan = training_set(config, share)
@@ -154,8 +156,8 @@ def _with_group(
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
     lost = None if resumed is None else contract.start_lost(resumed.manifest, facts)
-    # Adapters are no part of θ̂, and nothing else moves; nor is a head, which replaces what the files hold.
-    is_plain = config.adapter.kind == config.head.kind == "none"
+    # Adapters are no part of θ̂, and nothing else moves; nor is a head that replaces what the files hold.
+    is_plain = config.adapter.kind == "none" and not config.head.is_in_place
     measures = config.anchor.drift != "never" and lost is None and is_plain
     # No checkpoint holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
     needs_start = resumed is None or config.anchor.decay > 0 or config.anchor.kl > 0

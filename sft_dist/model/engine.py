@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import sft_dist
-from sft_dist.config import AdapterConfig, ModelConfig, RunConfig
+from sft_dist.config import AdapterConfig, HeadConfig, ModelConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
@@ -30,6 +30,7 @@ from sft_dist.model import (
     adapters,
     anchor,
     attention,
+    beside,
     classifier,
     groups,
     interpolation,
@@ -183,6 +184,11 @@ class Engine:
         """Whether the model has a prediction head in the place of the language model's."""
         return isinstance(self._engine.module, Classifier)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a prediction head, in the place of the language model's or beside it."""
+        return self.is_classifier or self._engine.module.beside is not None
+
     def on_forward(self, action: Callable[[], None]) -> None:
         """Call `action` at the beginning of every forward from now on."""
         self.causal_lm.get_input_embeddings().register_forward_pre_hook(lambda *_: action())
@@ -297,13 +303,18 @@ class Engine:
             group["lr"] = learning_rate * group["lr_factor"]
 
     def own_parts(self) -> list[anchor.Part]:
-        """This rank's part of every parameter, by the names of transformers; for engines that train."""
-        return anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
+        """This rank's part of every parameter of θ, by the names of transformers; for engines that train.
+
+        A new head is no part of θ, and is nowhere in θ̂.
+        """
+        parts = anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
+        return [part for part in parts if part.name not in self._engine.module.omega]
 
     def decay_to_start(self, config: RunConfig, initial: Path | None) -> None:
         """Decay toward θ̂, the weights as they are now, with every step from now on. Raises ConfigError, StorageError.
 
-        Parameters that the files do not hold (model.allow_new_parameters) have no pre-trained value to stay at.
+        Parameters that the files do not hold (model.allow_new_parameters) have no pre-trained value to stay at, nor has
+        a new head.
         """
         if states_dtype(config) is torch.bfloat16:
             raise ConfigError(
@@ -313,7 +324,7 @@ class Engine:
         allowed = config.model.allow_new_parameters
         held = self._readers(config, initial) if allowed else {}
         self._pretrained = self._in_reference() or anchor.kept_in_memory(self.own_parts(), config.anchor)
-        exempt = {
+        exempt = self._engine.module.omega | {
             name
             for name in self._pretrained.kept
             if name not in held and any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)
@@ -328,7 +339,8 @@ class Engine:
 
     def _readers(self, config: RunConfig, initial: Path | None) -> dict[str, anchor.Reader]:
         """Of what the files that training starts from hold by the names of the parameters."""
-        shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.causal_lm.named_parameters()}
+        omega, parameters = self._engine.module.omega, self.causal_lm.named_parameters()
+        shapes = {name: tuple(parameter.ds_shape) for name, parameter in parameters if name not in omega}
         if initial is not None:
             return _checkpoint_readers(initial, shapes)
         files = StoredTensors(loading.folder_of(config.model.path))
@@ -411,6 +423,8 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
 
     tree = resolve_deepspeed_config(config)
     model, layers = _sharded_model(config, world, tree, initial, seed=config.seed)
+    if initial is None and config.head.kind == "none" and world.is_main:
+        beside.say_left_out(config)
     frozen = groups.freeze(model.model, config.model.freeze)
     if frozen is not None and world.is_main:
         say(frozen)
@@ -420,7 +434,9 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     if config.model.compile:
         compile_layers(layers)
     optimizer = torch.optim.AdamW(
-        classifier.with_head_rate(groups.parameter_groups(model.model, layers, config.optimizer), model, config),
+        classifier.with_head_rate(
+            groups.parameter_groups(model.model, layers, config.optimizer), model.model, model.omega, config
+        ),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -482,7 +498,9 @@ def _frozen_engine(
 
     tree = resolve_deepspeed_config(config)
     if weights is None:
-        config = config.model_copy(update={"adapter": AdapterConfig()})  # one that nothing has trained changes nothing
+        # What nothing has trained changes nothing, or says nothing.
+        head = HeadConfig() if config.head.is_beside else config.head
+        config = config.model_copy(update={"adapter": AdapterConfig(), "head": head})
     model, layers = _sharded_model(config, world, tree, weights, seed=seed, coefficient=coefficient)
     model.requires_grad_(False)
     if config.model.compile:
@@ -528,9 +546,10 @@ def _sharded_model(
     added = loading.new_tokens(config.model)
     if config.adapter.kind != "none":
         adapters.check_tokens(added)
-    announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
-    if config.head.kind != "none":
+    shape = beside.find_shape(config, model_config) if config.head.is_beside else None
+    announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
+    if config.head.is_in_place:
         return _with_head(config, world, model_config, weights, seed=seed)
     model = loading.load_causal_lm(
         config.model,
@@ -559,10 +578,12 @@ def _sharded_model(
         say(chosen.reason)
     del announced
     layers = _layers_as_leaves(model, world)
-    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
+    is_new = world.is_main and weights is None
+    head = None if shape is None else beside.attach(model, shape, config, is_main=is_new)
+    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha, beside=head)
     if weights is not None:
         between = partial(interpolation.between, coefficient=coefficient)
-        zero.assign(model, stored_parameters(weights), between, but=base)
+        zero.assign(model, stored_parameters(weights), between, but=base | wrapped.omega)
     return wrapped, layers
 
 

@@ -62,12 +62,13 @@ class Reference:
 
 
 class TokenValues(NamedTuple):
-    """What one forward says of its targets, in the order of the row. Only `loss` is connected to the graph."""
+    """What one forward says of its targets, in the order of the row. Only the losses are connected to the graph."""
 
     logprob: Tensor  # wide [R], log Pr(target | all before it in its sample)
     is_top: Tensor | None = None  # wide [R], 1 where the target is the likeliest token (the first of those), else 0
     loss: Tensor | None = None  # wide [], Σ w ℓ
-    logits: Tensor | None = None  # wide [n, C], of a prediction head (model/classifier.py), which has no others
+    logits: Tensor | None = None  # wide [n, C], of a prediction head for each sample of the row
+    label_loss: Tensor | None = None  # wide [], Σ W ℓ over the labels of a head beside the language model's
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sft_dist.errors import ConfigError
 from sft_dist.model import fused_head, zero
 from sft_dist.model.batch import Batch
+from sft_dist.model.beside import LabelHead
 from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, Reference, TokenValues
 
 
@@ -39,12 +40,15 @@ class HiddenRows:
 class TokenLogprobs(nn.Module):
     """A causal language model that answers with the log-probabilities of a batch's targets.
 
-    `neftune_alpha`: while training, add uniform noise to the input embeddings (0: none).
+    `neftune_alpha`: while training, add uniform noise to the input embeddings (0: none). `beside`: another head of
+    the model, which answers from the same hidden states.
     """
 
-    def __init__(self, model: Any, *, neftune_alpha: float = 0.0) -> None:
+    def __init__(self, model: Any, *, neftune_alpha: float = 0.0, beside: LabelHead | None = None) -> None:
         super().__init__()
         self.model = model
+        self.beside = beside
+        self.omega: frozenset[str] = frozenset() if beside is None else beside.omega  # names of the other head
         self._neftune_alpha = neftune_alpha
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -62,9 +66,9 @@ class TokenLogprobs(nn.Module):
     ) -> TokenValues | Tensor:
         """Log-probs of the batch's targets; `is_top` with `with_top`.
 
-        With `loss` also Σ w ℓ over them, w those of the batch. Nothing else can be differentiated. `reference`: another
-        model of the same vocabulary, with what it has answered to this batch `as_reference`: [num_targets, D], what
-        its head is given there.
+        With `loss` also Σ w ℓ over them, w those of the batch, and the loss of the head beside. Nothing else can be
+        differentiated. `reference`: another model of the same vocabulary, with what it has answered to this batch
+        `as_reference`: [num_targets, D], what its head is given there.
         """
         alpha = self._neftune_alpha if self.training else 0.0
         with _noise(self.model.get_input_embeddings(), alpha, batch.lengths):
@@ -90,7 +94,9 @@ class TokenLogprobs(nn.Module):
                 with_top=with_top,
                 reference=compared,
             )
-        return found
+        if self.beside is None:
+            return found
+        return self.beside.answered(found, hidden[0], batch, with_loss=loss is not None)
 
 
 @contextmanager

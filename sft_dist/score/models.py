@@ -63,7 +63,10 @@ def _scorer(config: RunConfig, name: str, which: str) -> Scorer:
         return Scorer(name, config.model_copy(update={"model": section}), None)
     saved, found = rundir.saved_config(Path(name)), checkpoints.find(Path(name), which)
     contract.check_base(saved, found)
-    return Scorer(name, config.model_copy(update={"model": saved.model, "adapter": saved.adapter}), found)
+    if saved.head.is_in_place:
+        raise ConfigError(f"--model: {name} has a prediction head in the place of the language model's; see predict")
+    update = {"model": saved.model, "adapter": saved.adapter, "head": saved.head}
+    return Scorer(name, config.model_copy(update=update), found)
 
 
 def of_main(scorers: Sequence[Scorer]) -> list[Scorer]:

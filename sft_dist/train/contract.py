@@ -116,6 +116,13 @@ def check_initial(config: RunConfig, checkpoint: Checkpoint) -> None:
             f"{list(config.model.control_tokens)}: rows of the embeddings would change their tokens; use the same, or "
             "export that run and make the export this run's model.path"
         )
+    if before.get("head.kind", "none") != "none" and config.head.kind != "none":
+        for key, now in (("head.kind", config.head.kind), ("head.labels", list(config.head.labels))):
+            if before[key] != now:
+                raise ConfigError(
+                    f"model.init_from: {source} was trained with {key}: {before[key]}, this run has {now}: what its "
+                    "head answers would change its meaning; use the same, or start from the export of a language model"
+                )
     for key, now in flatten({"adapter": config.adapter.model_dump(mode="json")}).items():
         old = before.get(key, AdapterConfig.model_fields[key.removeprefix("adapter.")].default)
         if key != "adapter.dropout" and json.loads(json.dumps(old)) != now:

@@ -34,7 +34,9 @@ class DriftMeter:
         self._metrics = metrics
         self._pretrained = pretrained
         self._at_evaluations = at_evaluations
-        self._places = places_of(engine.causal_lm, decoder_layers(engine.causal_lm)) if pretrained else {}
+        own = {part.name for part in engine.own_parts()} if pretrained else set()
+        places = places_of(engine.causal_lm, decoder_layers(engine.causal_lm)) if pretrained else {}
+        self._places = {name: place for name, place in places.items() if name in own}
         if pretrained is not None and pretrained.num_bytes:
             metrics.say(f"θ̂ takes {pretrained.num_bytes / 2**30:.2f} GiB of each rank's memory")
         self._last: tuple[int, dict[Place, Squares]] | None = None

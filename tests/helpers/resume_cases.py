@@ -14,6 +14,7 @@ from sft_dist.config import (
     AnchorConfig,
     BatchConfig,
     DataConfig,
+    HeadConfig,
     LoggingConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -29,7 +30,7 @@ from sft_dist.model import engine as engines
 from sft_dist.model import groups, zero
 from sft_dist.model.anchor import Pretrained
 from sft_dist.model.engine import Engine
-from sft_dist.preparation import training_set
+from sft_dist.preparation import training_set, with_labels
 from sft_dist.train.drift import DriftMeter
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.gradient import accumulate_gradient
@@ -38,7 +39,7 @@ from tests.helpers import world_cases
 
 
 def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
-    return RunConfig(
+    config = RunConfig(
         run_dir=str(folder / "run"),
         seed=3,
         model=ModelConfig(
@@ -66,9 +67,11 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
         ),
         optimizer=OptimizerConfig(**{"learning_rate": 3e-3, "weight_decay": 0.1} | case.get("optimizer", {})),
         anchor=AnchorConfig(**case.get("anchor", {})),
+        head=HeadConfig(**case.get("head", {})),
         schedule=ScheduleConfig(epochs=case.get("epochs", 8)),
         deepspeed=case.get("deepspeed", "cpu"),
     )
+    return with_labels(config)
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
