@@ -4,7 +4,9 @@ Pure functions of (prepared data, policy), applied after preparation, so that on
 and weighting. The formulas stand in docs/objective.md, section 5.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,6 +17,7 @@ from sft_dist.data.conversation import ROLES
 from sft_dist.data.labels import LabelFault, LabelSet, LabelTable, tabulate
 from sft_dist.data.sample import Int32, Sample
 from sft_dist.data.store import PreparedDataset
+from sft_dist.data.top_logprobs import TopLogprobs, TopTable
 from sft_dist.errors import DataError
 
 TrainOn = Literal["assistant", "last_assistant", "all", "marked"]
@@ -67,6 +70,7 @@ class Example:
     turns: Int32  # [T] number of the message that each token is a target of, or -1
     weights: NDArray[np.float32]  # [T] factor of -log Pr in the numerator of the loss; 0 where no target
     target: Float64 | None = None  # what the label says to a head, as LabelSet.target has it; its weight is weights[0]
+    top: TopLogprobs | None = None  # what θ̂ finds likeliest at the targets, in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,7 @@ class Selection:
     def __init__(self, dataset: PreparedDataset, policy: Policy) -> None:
         self.dataset = dataset
         self.policy = policy
+        self.top: TopTable | None = None
         spans = dataset.spans
         self.labels = None if policy.labels is None else _labels(dataset, policy.labels)
         self._is_target, first, self._last = _targets(dataset, policy)
@@ -183,7 +188,20 @@ class Selection:
             if self._is_target[row] and first < last:
                 turns[first - begin : last - begin] = self.dataset.spans.message[row]
                 weights[first - begin : last - begin] = self._span_weights[row] * self._scale[number]
-        return Example(sample, turns, weights, None if self.labels is None else self.labels.target(place))
+        target = None if self.labels is None else self.labels.target(place)
+        top = None if self.top is None else self.top.rows(number, int(self.num_targets[number]))
+        return Example(sample, turns, weights, target, top)
+
+    def with_top(self, top: TopTable) -> "Selection":
+        """The same; its examples say what θ̂ finds likeliest at their targets."""
+        other = copy(self)
+        other.top = top
+        return other
+
+    def digest(self) -> str:
+        """16 hex digits of which tokens of the data set are in which example, and which of them are targets."""
+        parts = (self.samples, self._begins, self._ends, self._is_target, self._first, self._last)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
     def _ends_that_fit(self) -> Int64:
         """[num_samples] one past the last answer that fits and has a target in it or before it; 0: there is none."""

@@ -38,6 +38,8 @@ class Batch:
     labels: Tensor | None = None  # float64 [n, width], what a head is to say of each sample (data/labels.py)
     label_weights: Tensor | None = None  # float32 [n]
     token_types: Tensor | None = None  # int64 [1, T], 1 in the second text of a pair
+    top_ids: Tensor | None = None  # int32 [num_targets, k], what θ̂ found likeliest (data/top_logprobs.py)
+    top_logprobs: Tensor | None = None  # float32 [num_targets, k + 1]
 
     @property
     def max_length(self) -> int:
@@ -114,6 +116,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         labels=_labels(examples),
         label_weights=None if examples[0].target is None else torch.tensor([float(e.weights[0]) for e in examples]),
         token_types=None if examples[0].target is None else _row([_token_types(e) for e in examples]),
+        top_ids=_joined([e.top.ids for e in examples if e.top is not None]),
+        top_logprobs=_joined([e.top.logprobs for e in examples if e.top is not None]),
     )
 
 
@@ -171,6 +175,10 @@ def collate_trees(trees: Sequence[Tree]) -> Batch:
 def _labels(examples: Sequence[Example]) -> Tensor | None:
     targets = [example.target for example in examples if example.target is not None]
     return torch.from_numpy(np.stack(targets)) if targets else None
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor | None:
+    return torch.from_numpy(np.concatenate(parts)) if parts else None
 
 
 def _token_types(example: Example) -> Int32:

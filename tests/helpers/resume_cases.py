@@ -26,10 +26,11 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import UserError
 from sft_dist.model import engine as engines
-from sft_dist.model import groups, zero
+from sft_dist.model import groups, loading, zero
 from sft_dist.model.anchor import Pretrained
 from sft_dist.model.engine import Engine
 from sft_dist.preparation import training_set
+from sft_dist.train import contract, start_answers
 from sft_dist.train.drift import DriftMeter
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.gradient import accumulate_gradient
@@ -52,7 +53,7 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
         data=DataConfig(
             train=({"path": case["data"]},),
             max_length=384,
-            cache_dir=str(Path(case["data"]).parent / "prepared"),
+            cache_dir=case.get("cache_dir", str(Path(case["data"]).parent / "prepared")),
             num_processes=1,
             chat_template=case.get("chat_template"),
         ),
@@ -127,6 +128,8 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     answer["kept"] = {name: kept.dtype for name, kept in pretrained.kept.items()}
     if "start" in case:
         answer["start"] = whole_weights(engine)
+    if config.anchor.kl_top_k is not None:
+        selection = with_start_answers(config, selection, plan, engine, world, answer)
     if "resume" in case:
         torch.manual_seed(99)
         engine.load(Path(case["resume"]))
@@ -146,6 +149,19 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
         answer["stored"] = save(engine, Path(case["save"]))
     engine.close()
     return answer
+
+
+def with_start_answers(
+    config: RunConfig, selection: Selection, plan: Any, engine: Engine, world: World, answer: dict[str, Any]
+) -> Selection:
+    """As a run does it, before it takes a checkpoint's weights."""
+    model_config = loading.load_config(config.model, config.data.max_length)
+    facts = collectives.on_main(lambda: contract.facts(config, selection.dataset, None, model_config, plan))
+    said: list[str] = []
+    found = start_answers.kept(selection, plan, engine, config, facts, world, said.append)
+    assert found.top is not None
+    answer["table"], answer["said"] = str(found.top.folder), said
+    return found
 
 
 def drift(engine: Engine, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
