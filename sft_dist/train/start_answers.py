@@ -30,6 +30,7 @@ from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, StorageError, TrainingError, UserError
 from sft_dist.model.batch import collate
 from sft_dist.model.engine import Engine
+from sft_dist.model.fused_head import TopReference
 from sft_dist.paths import sync
 from sft_dist.train import out_of_memory
 
@@ -133,8 +134,7 @@ def _make(
         for number, pack in enumerate(dealt[world.rank]):
             with out_of_memory.explained("computing what θ̂ says", rank=world.rank, config=config):
                 found = engine.top_logprobs(collate([selection[index] for index in pack]), k)
-            faults.reach("start_answers.before_write", rank=world.rank, step=number + 1)
-            _together(partial(_write, writer, found.ids.numpy(), found.logprobs.numpy()))
+            _together(partial(_write, writer, found, world.rank, number + 1))
             if time.monotonic() - said > _SAY_EVERY_S:
                 said, share = time.monotonic(), (number + 1) / len(dealt[world.rank])
                 left = duration((said - started) * (1 - share) / share)
@@ -167,11 +167,11 @@ def _begin(temporary: Path, num_bytes: int) -> None:
         )
 
 
-def _write(writer: PartWriter, ids: Any, logprobs: Any) -> None:
-    if np.isnan(logprobs).any():
+def _write(writer: PartWriter, found: TopReference, rank: int, number: int) -> None:
+    faults.reach("start_answers.before_write", rank=rank, step=number)
+    if bool(found.logprobs.isnan().any()):
         raise TrainingError("the model that training starts from gives log-probabilities that are no numbers")
-    if len(ids):
-        writer.add(ids, logprobs)
+    writer.add(found.ids.numpy(), found.logprobs.numpy())
 
 
 def _first_rows(selection: Selection, dealt: list[list[Pack]]) -> Int64:

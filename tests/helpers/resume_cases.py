@@ -1,5 +1,7 @@
 """What the ranks of a test world compute about resuming: training from a checkpoint, and the state before and after."""
 
+import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
+from sft_dist import faults
 from sft_dist.config import (
     AdapterConfig,
     AnchorConfig,
@@ -124,8 +127,9 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     initial = Path(case["initial"]) if "initial" in case else None
     engine = engines.training_engine(config, world, initial)
     answer: dict[str, Any] = {"losses": [], "samples": []}
-    pretrained = engine.pretrained(config, initial)
-    answer["kept"] = {name: kept.dtype for name, kept in pretrained.kept.items()}
+    # Adapters are no part of θ̂, and no run measures how far they are from it.
+    pretrained = engine.pretrained(config, initial) if config.adapter.kind == "none" else None
+    answer["kept"] = {} if pretrained is None else {name: kept.dtype for name, kept in pretrained.kept.items()}
     if "start" in case:
         answer["start"] = whole_weights(engine)
     if config.anchor.kl_top_k is not None:
@@ -164,14 +168,14 @@ def with_start_answers(
     return found
 
 
-def drift(engine: Engine, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+def drift(engine: Engine, pretrained: Pretrained | None, folder: Path) -> dict[str, Any]:
     """As a run records it."""
     metrics = Metrics(folder / "drift", LoggingConfig(tensorboard=False), first_step=0, is_main=False)
     meter = DriftMeter(engine, metrics, pretrained, at_evaluations=True)
     found: list[dict[str, Any]] = []
     with mock.patch.object(metrics, "record", lambda kind, step, **values: found.append(values)):
         meter.after_evaluation(1)
-    return found[0]
+    return found[0] if found else {}
 
 
 def save(engine: Engine, folder: Path) -> dict[str, Tensor]:
@@ -264,7 +268,41 @@ def refused(case: dict[str, Any], folder: Path, world: World) -> list[str]:
     return collectives.gather(said)
 
 
-CASES = {"train": train, "exact": exact, "refused": refused}
+def refused_answers(case: dict[str, Any], folder: Path, world: World) -> dict[str, list[str]]:
+    """What every rank says where the start's answers cannot be had, and whether files of that name are there then."""
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    engine = engines.training_engine(config, world, None)
+
+    def ask(config: RunConfig, fault: str = "") -> list[str]:
+        with mock.patch.dict(os.environ, {faults.VARIABLE: fault}):
+            try:
+                with_start_answers(config, selection, plan, engine, world, {})
+                said = "nothing"
+            except UserError as error:
+                said = f"{type(error).__name__}: {error}"
+        return collectives.gather(f"{said} {len(list(Path(config.data.cache_dir).glob('top-*')))}")
+
+    anchor = config.anchor.model_copy(update={"kl_top_k": 1_000})
+    answer = {
+        "more than there are": ask(config.model_copy(update={"anchor": anchor})),
+        "full disk": ask(config, "start_answers.before_write:rank=1:step=2:oserror"),
+        "made": ask(config),
+    }
+    collectives.on_main(lambda: _give_to_other_data(Path(config.data.cache_dir)))
+    answer["other data"] = ask(config)
+    engine.close()
+    return answer
+
+
+def _give_to_other_data(cache_dir: Path) -> None:
+    (manifest,) = cache_dir.glob("top-*/manifest.json")
+    tree = json.loads(manifest.read_text())
+    tree["identity"]["data"] = "other"
+    manifest.write_text(json.dumps(tree))
+
+
+CASES = {"refused_answers": refused_answers, "train": train, "exact": exact, "refused": refused}
 
 if __name__ == "__main__":
     world_cases.main(CASES)

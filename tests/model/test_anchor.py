@@ -122,7 +122,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     anew = {"kept anew": SETTINGS["kept divergence"] | {"steps": [0, 1], "cache_dir": str(folder / "anew")}}
     rounded = SETTINGS["decay"] | {"anchor": {"decay": 30.0, "dtype": "bfloat16"}, "steps": [0, 1]}
     ask(2, from_start(2) | undisturbed, "2")
-    ask(2, half | tokens | {"from a checkpoint": again, "rounded": rounded} | whole, "others")
+    refused = {
+        "refused": SETTINGS["kept divergence"] | {"case": "refused_answers", "cache_dir": str(folder / "refused")}
+    }
+    ask(2, refused | half | tokens | {"from a checkpoint": again, "rounded": rounded} | whole, "others")
     ask(1, from_start(1) | resumed(2) | anew, "1")
     ask(3, from_start(3), "3")
     ask(2, resumed(1) | resumed(2), "again")
@@ -281,6 +284,16 @@ def test_what_is_kept_is_made_once_and_does_not_depend_on_ranks(runs: Runs) -> N
     mean = sum(tail_mass) / len(tail_mass)
     assert one.mean_tail_mass == pytest.approx(mean, rel=1e-5) and 0.01 < mean < 0.99
     assert any(f"has {one.mean_tail_mass:.3g} of the mass" in line for line in first["said"])
+
+
+def test_answers_that_cannot_be_had_are_refused_on_every_rank_and_none_are_left_half_written(runs: Runs) -> None:
+    said = runs.answers[2, "refused"]
+    (more, _), (full, other_full), (made, _), (other, other_other) = said.values()
+    assert more == f"ConfigError: anchor.kl_top_k: 1,000 of {VOCAB:,} tokens that the model's head knows 0"
+    assert full.startswith("StorageError: rank 1: data.cache_dir") and full.endswith(" 0") and full == other_full
+    assert made == "nothing 1"
+    assert other.startswith("StorageError: rank 0:") and "other data than its name says (data); delete" in other
+    assert other == other_other
 
 
 def _before_targets(model: Any, context: list[int], output: list[int]) -> Tensor:
