@@ -1,4 +1,4 @@
-"""Mass that a model has outside its k likeliest tokens, at the answers of chat data: the scale of anchor.kl_top_k's bias.
+"""Mass that a model has outside its k likeliest tokens, at answers of chat data: the scale of anchor.kl_top_k's bias.
 
     python benchmarks/tail_mass.py --model MODEL --data A.jsonl.gz B.jsonl.gz
 
