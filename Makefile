@@ -85,8 +85,8 @@ demo-short: setup
 # For the Python of the GPU machine, which need not be ours; deepspeed is a source distribution and becomes a wheel of
 # pure Python here. What is installed there is kept as it is: only what is named comes along, nothing it depends on.
 WHEELS := .whl
-GPU_PACKAGES := annotated-types datasets dill hjson multiprocess pydantic pydantic_core typing_extensions \
-    typing-inspection
+GPU_PACKAGES := accelerate annotated-types datasets dill hjson multiprocess peft pydantic pydantic_core \
+    typing_extensions typing-inspection
 GPU_PYTHON := 3.12
 gpu-wheels: setup
 	rm -f $(WHEELS)/*.whl

@@ -4,7 +4,8 @@
 
 Every setting is a whole training (`sft-dist train`) from the same pre-trained weights on the same steps, or points on
 the way to the first one (`sft-dist evaluate --interpolate`). The records of the task are cut into training and held-out
-ones; of each general file as many are data.retention. NLLs are nats per token; nothing is timed.
+ones, those of each general file into data.retention and what the setting "rehearsal" trains on beside the task. NLLs
+are nats per token; nothing is timed.
 """
 
 import argparse
@@ -36,7 +37,7 @@ POINTS = (0.7, 0.5)  # on the way from the pre-trained weights (0) to the first 
 
 @dataclass(frozen=True)
 class Setting:
-    """A training and what it has in its run file beyond the others."""
+    """A training and what it has in its run file beyond the others; FOLDER stands for where the data are."""
 
     name: str
     overrides: tuple[str, ...] = ()
@@ -46,6 +47,12 @@ class Setting:
 SETTINGS = (
     Setting("plain"),
     Setting("learning rate / 4", (f"optimizer.learning_rate={RATE / 4:g}",)),
+    Setting("rates fall by layer", ("optimizer.layer_decay=0.9",)),
+    Setting("lowest ten layers frozen", ("model.freeze=['*embed_tokens*', '*.layers.?.*']",)),
+    Setting("decay toward start", ("anchor.decay=300",)),
+    Setting("KL", ("anchor.kl=1",)),
+    Setting("rehearsal", ("data.train=[FOLDER/train.jsonl, FOLDER/rehearsal.jsonl]",)),
+    Setting("LoRA", ("adapter.kind=lora", f"optimizer.learning_rate={4 * RATE:g}")),
 )
 
 
@@ -80,11 +87,13 @@ def make_run_file(folder: Path, options: argparse.Namespace) -> Path:
     most = 2 * options.max_length  # characters: what is sure to fit, whatever the tokenizer
     task = [r for r in records(Path(options.task), 10**9) if is_short(r, most)]
     train, heldout = task[options.heldout :], task[: options.heldout]
-    retention = []
+    retention, rehearsed = [], []
     for source in options.general:
         name = Path(source).name.split(".")[0]
-        kept = [r for r in records(Path(source), 10**9) if is_short(r, most)][: options.heldout]
-        retention.append({"path": write(folder / f"{name}.jsonl", kept), "name": name})
+        general = [r for r in records(Path(source), 10**9) if is_short(r, most)]
+        retention.append({"path": write(folder / f"{name}.jsonl", general[: options.heldout]), "name": name})
+        rehearsed += general[options.heldout :][: 10 * options.steps]
+    write(folder / "rehearsal.jsonl", rehearsed)
     tree = {
         "run_dir": str(folder / "runs" / "unused"),
         "seed": SEED,
@@ -116,7 +125,8 @@ def sft_dist(*arguments: str) -> None:
 def trained(run_file: Path, folder: Path, setting: Setting) -> tuple[Row, Row]:
     """Before and after a training."""
     run_dir = folder / "runs" / setting.name.replace(" ", "-").replace("/", "by")
-    sft_dist("train", str(run_file), f"run_dir={run_dir}", *setting.overrides)
+    overrides = [override.replace("FOLDER", str(folder)) for override in setting.overrides]
+    sft_dist("train", str(run_file), f"run_dir={run_dir}", *overrides)
     summary = json.loads((run_dir / "summary.json").read_text())
     kept = summary["retention"]
     before = Row(
@@ -167,7 +177,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar=("NAME", "key=value"),
-        help="one more training, under this name with these overrides; several times for several",
+        help="one more training, under this name with these overrides (FOLDER: where the data are); may be repeated",
     )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--heldout", type=int, default=40, help="records that are scored, of each file")

@@ -28,7 +28,10 @@ def find_secrets(env: Mapping[str, str]) -> tuple[str, ...]:
     values = {
         value
         for name, value in env.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST and not value.startswith(("/", "./", "~"))
+        if _SECRET_NAME.search(name)
+        and len(value) >= _SHORTEST
+        and not value.startswith(("/", "./", "~"))
+        and value not in MASK  # masked twice must be masked once
     }
     return tuple(sorted(values, key=lambda value: (-len(value), value)))
 

@@ -25,6 +25,7 @@ from sft_dist.preparation import (
 )
 
 if TYPE_CHECKING:
+    from sft_dist.distributed.beats import Process
     from sft_dist.distributed.watchdog import Watchdog
 
 
@@ -52,11 +53,13 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
     return exit_code
 
 
-def _write_failure(run_dir: Path, exit_code: int, reason: str) -> None:
+def _write_failure(run_dir: Path, exit_code: int, reason: str, holder: "Process | None" = None) -> None:
+    """`holder`: rank 0's process, where another rank writes."""
     from sft_dist.train import lock, rundir
 
     try:
-        lock.check_held(run_dir)  # one that was taken over must not speak of the run that has it now
+        # One that was taken over must not speak of the run that has it now.
+        lock.check_held(run_dir, None if holder is None else (holder.host, holder.pid))
         rundir.write_outcome(run_dir, exit_code=exit_code, reason=reason, step=None, checkpoint=_newest(run_dir))
     except (UserError, OSError) as error:
         say(f"how the run ended cannot be written to {run_dir}: {error}")
@@ -232,7 +235,7 @@ def _resumed_from(config: RunConfig, world: World, say_once: Callable[[str], Non
     run_dir, resume = Path(config.run_dir), config.checkpoint.resume
     match resume:
         case "never":
-            if checkpoint.step_folders(run_dir):
+            if collectives.on_main(lambda: bool(checkpoint.step_folders(run_dir))):
                 raise ConfigError(
                     f"checkpoint.resume: never, but {run_dir} holds checkpoints; choose another run_dir or remove them"
                 )
@@ -253,10 +256,10 @@ def _resumed_from(config: RunConfig, world: World, say_once: Callable[[str], Non
             own = checkpoint.newest_valid(run_dir, world, say_once, resumed_by=resume if inside else None)
             if own is not None:
                 return own
-            fault = checkpoint.fault_of(Path(resume), world)
-            if fault is not None:
+            found, fault = checkpoint.checked(Path(resume), world, say_once)
+            if found is None:
                 raise ConfigError(f"checkpoint.resume: {resume}: {fault}")
-            return checkpoint.read(Path(resume))
+            return found
 
 
 def initial_weights(config: RunConfig, say_progress: Callable[[str], None] = say) -> Path | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
 
 from sft_dist import estimate
 from sft_dist.config import AdapterConfig, RunConfig, load_config
@@ -70,6 +70,15 @@ def printed(capsys: pytest.CaptureFixture[str], config: RunConfig, **options: An
     chosen = {"num_gpus": None, "gpu_memory_gib": None, "device_name": "H200"} | options
     assert estimate.run(config, **chosen) is ExitCode.DONE
     return capsys.readouterr().out
+
+
+def test_a_model_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
+    model = tmp_path / "other"
+    T5Config(vocab_size=300).save_pretrained(model)
+    build_tokenizer().save_pretrained(model)
+    config = run_file(tmp_path, model)
+    with pytest.raises(ConfigError, match=r"model.path: no causal language model follows from its config\.json"):
+        estimate.checkpoint_bytes(config)
 
 
 def test_unprepared_data_stay_so_and_what_is_unknown_is_said(

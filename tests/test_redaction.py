@@ -23,9 +23,10 @@ WORDS = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=8,
 @given(st.sampled_from(SECRET_NAMES), WORDS, st.text(), st.text())
 def test_the_value_of_a_secret_variable_never_comes_through(name: str, value: str, before: str, after: str) -> None:
     secrets = find_secrets({name: value, "HOME": "/root"})
-    assert secrets == (value,)
     if value in MASK:
+        assert not secrets, "what is masked twice would not be what is masked once"
         return
+    assert secrets == (value,)
     assert value not in redact(f"{before}{value}{after}", secrets).replace(MASK, "\0")
     tree = {"a": [before + value, {value: (value, 3, None)}]}
     assert value not in json.dumps(redact_tree(tree, secrets), ensure_ascii=False).replace(MASK, "\0")

@@ -43,7 +43,7 @@ _PATIENCE_S = 1_800.0  # with ranks that come late, where no timeout is set
 _VERDICT = "verdict"
 
 T = TypeVar("T")
-OnLeave = Callable[[int, str], None]  # (exit code, reason), on one rank, before any leaves
+OnLeave = Callable[[int, str, Process | None], None]  # (exit code, reason, rank 0), on one rank, before any leaves
 
 
 def connect(world: World, *, timeout_s: float = 0.0) -> dist.Store:
@@ -382,7 +382,7 @@ class Watchdog:
     def _write_outcome(self, verdict: Verdict) -> None:
         if self._on_leave is not None:
             with suppress(Exception):  # of a disk, say: leaving is more important
-                self._on_leave(verdict.exit_code, verdict.reason)
+                self._on_leave(verdict.exit_code, verdict.reason, self._server)
 
     def _obey(self, verdict: Verdict) -> None:
         """Leave, unless the main thread does."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sft_dist.errors import ConfigError
 from sft_dist.model.layers import decoder_layers
 
 _FUSED = "sft_dist_fused_on_meta"
@@ -66,14 +67,17 @@ class Memory:
 
 
 def model_without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
-    """A causal language model on the meta device, from its configuration alone."""
+    """A causal language model on the meta device, from its configuration alone. Raises ConfigError for other models."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(_FUSED, _fused_attention)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=_FUSED, trust_remote_code=trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_FUSED, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise ConfigError(f"model.path: no causal language model follows from its config.json: {error}") from error
 
 
 def sizes_of(causal_lm: Any) -> Sizes:

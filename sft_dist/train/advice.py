@@ -2,8 +2,8 @@
 
 What is usual comes from published recipes, read on 2026-11-21 (docs/moderation.md names them). Learning rates fall with
 the model's size: SmolLM2 135M and 360M 1e-3, SmolLM2 1.7B 3e-4, SmolLM3 3B and Zephyr 7B 2e-5, Tülu 3 8B 5e-6 and 70B
-2e-6, Llama 2 7B to 70B 2e-5 (arXiv 2307.09288, section 3.1); all warm up over 3 to 10 % of the steps and pass over the
-data one to five times.
+2e-6, Llama 2 7B to 70B 2e-5 (arXiv 2307.09288, section 3.1); those that say so warm up over 3 to 10 % of the steps, and
+all pass over the data one to five times.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,8 @@ its files before any of them touches the engine. saving.py writes them, retentio
 
 import hashlib
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ from sft_dist.train.numbers import History
 FORMAT = 2
 MANIFEST = "manifest.json"
 BEST = "best.json"
+_STEP_NAME = re.compile(r"step-[0-9]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +85,19 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def step_folders(run_dir: Path) -> dict[int, Path]:
-    """Step -> folder of everything named like a checkpoint, ascending; other names are left alone."""
-    found = {}
-    for path in checkpoints_dir(run_dir).glob("step-*"):
-        digits = path.name.removeprefix("step-")
-        if len(digits) == 8 and digits.isdecimal() and path.is_dir() and not path.is_symlink():
-            found[int(digits)] = path
-    return dict(sorted(found.items()))
+    """Step -> folder of everything named like a checkpoint, ascending; other names are left alone.
+
+    Raises Unreadable where the disk does not say what is there: nothing must be taken for absent then.
+    """
+    folder = checkpoints_dir(run_dir)
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Unreadable(f"{folder} cannot be listed: {error.strerror}") from error
+    return {int(name.removeprefix("step-")): folder / name for name in sorted(names) if _STEP_NAME.fullmatch(name)}
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -111,12 +120,12 @@ def read(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
+        if "sha256" in manifest and manifest["sha256"] != _digest(manifest):
+            raise StorageError(f"{path} is damaged: its sha256 is not that of what it says")
         if version == FORMAT:
             found = Checkpoint(folder, manifest)
-            found.state, found.num_bytes, manifest["world_size"]
-            if manifest["sha256"] != _digest(manifest):
-                raise StorageError(f"{path} is damaged: its sha256 is not that of what it says")
-            if folder.name.startswith("step-") and folder.name != step_folder(folder, found.step).name:
+            found.state, found.num_bytes, manifest["world_size"], manifest["sha256"]
+            if _STEP_NAME.fullmatch(folder.name) and folder.name != step_folder(folder, found.step).name:
                 raise StorageError(f"{folder}: its manifest is that of step {found.step:,}")
             [(str(file["sha256"]), int(file["num_bytes"])) for file in manifest["files"].values()]
     except FileNotFoundError:
@@ -125,7 +134,11 @@ def read(folder: Path) -> Checkpoint:
         raise Unreadable(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise StorageError(f"{path}: not a readable manifest: {error}") from None
-    if fault := next((f for name in manifest.get("files", ()) if (f := fault_of_name(folder, name))), None):
+    try:
+        fault = next((f for name in manifest.get("files", ()) if (f := fault_of_name(folder, name))), None)
+    except OSError as error:
+        raise Unreadable(f"{error.filename} cannot be read: {error.strerror}") from error
+    if fault is not None:
         raise StorageError(f"{path}: {fault}: nothing outside of {folder} is read")
     if version != FORMAT:
         raise ConfigError(f"{path}: written in format {version}; this version reads format {FORMAT}")
@@ -140,9 +153,9 @@ def newest_valid(
     With `resumed_by`, of those written by runs with that checkpoint.resume. Raises Unreadable: what cannot be read now
     is not taken for damaged, since what is newer than the checkpoint that a run goes on from is given up.
     """
-    folders = collectives.from_main([f for f in step_folders(run_dir).values() if _is_of(f, resumed_by)])
+    folders = collectives.on_main(lambda: [f for f in step_folders(run_dir).values() if may_be_of(f, resumed_by)])
     for folder in reversed(folders):
-        found, fault = _checked(folder, world, say_once)
+        found, fault = checked(folder, world, say_once)
         if found is not None:
             return found
         say_once(f"checkpoint {folder} is not used: {fault}")
@@ -151,13 +164,19 @@ def newest_valid(
     return None
 
 
-def _is_of(folder: Path, resumed_by: str | None) -> bool:
+def may_be_of(folder: Path, resumed_by: str | None) -> bool:
+    """Whether a run with that checkpoint.resume wrote it, or it is so damaged that nobody knows."""
     if resumed_by is None:
         return True
     try:
-        return bool(json.loads((folder / MANIFEST).read_text())["config"]["checkpoint.resume"] == resumed_by)
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+        content = (folder / MANIFEST).read_text()
+        return bool(json.loads(content)["config"]["checkpoint.resume"] == masked(resumed_by))
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise Unreadable(f"{folder / MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError):
+        return True
 
 
 def fault_of(folder: Path, world: World | None) -> str | None:
@@ -165,13 +184,16 @@ def fault_of(folder: Path, world: World | None) -> str | None:
 
     Raises ConfigError for a newer format, Unreadable where that cannot be known.
     """
-    return _checked(folder, world, say)[1]
+    return checked(folder, world, say)[1]
 
 
-def _checked(
+def checked(
     folder: Path, world: World | None, say_progress: Callable[[str], None]
 ) -> tuple[Checkpoint | None, str | None]:
-    """The checkpoint, or its fault. Ranks other than 0 may see files late: what the manifest says, rank 0 tells."""
+    """The checkpoint, or its fault, as `fault_of` finds it.
+
+    Ranks other than 0 may see files late: what the manifest says, rank 0 tells.
+    """
     try:
         found = read(folder) if world is None else collectives.on_main(lambda: read(folder))
     except Unreadable:
@@ -212,7 +234,7 @@ def find(run_dir: Path, which: str, say: Callable[[str], None] = say) -> Checkpo
             raise ConfigError(f"checkpoint {which!r}: expected best, last or a step number (steps there: {there})")
     faults: list[str] = []
     for folder in candidates:
-        found, fault = _checked(folder, None, say)
+        found, fault = checked(folder, None, say)
         if found is not None:
             for skipped in faults:
                 print(f"not used: {skipped}", file=sys.stderr)
@@ -235,9 +257,12 @@ def best_step(run_dir: Path) -> int | None:
 
 
 def mark_best(run_dir: Path, state: TrainState) -> None:
-    """Write which step is the best, from what every manifest carries, or that none is; rank 0."""
+    """Write which step is the best, from what every manifest carries, or that none is; rank 0. Raises StorageError."""
     path = checkpoints_dir(run_dir) / BEST
-    if state.heldout_best_step is None:
-        path.unlink(missing_ok=True)
-    else:
+    if state.heldout_best_step is not None:
         write_json(path, {"step": state.heldout_best_step, "heldout_nll": state.heldout_nll_best})
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be removed: {error.strerror}") from error

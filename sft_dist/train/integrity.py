@@ -46,25 +46,49 @@ def fault_of_files(
 
 
 def _missing(folder: Path, files: Mapping[str, Any]) -> set[str]:
-    """Names that are not listed. A listing also refreshes what a client of a network file system has in its cache."""
+    """Names that are not listed. A listing also refreshes what a client of a network file system has in its cache.
+
+    Raises Unreadable where there is none.
+    """
     there = set()
     for parent in {(folder / name).parent for name in files}:
-        if parent.is_dir():
+        try:
             there |= {str((parent / name).relative_to(folder)) for name in os.listdir(parent)}
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise Unreadable(f"{parent} cannot be listed: {error.strerror}") from error
     return set(files) - there
 
 
 def _missing_everywhere(folder: Path, files: Mapping[str, Any], world: World) -> set[str]:
     """Names that some rank cannot see. One that any rank does see is waited for: caches of clients lag."""
-    missing = _missing(folder, files)
-    views = collectives.gather(missing)
+    missing = _missing_here(folder, files)
+    views = _views(missing)
     if not any(views) or set.intersection(*views):
         return set.intersection(*views)
     deadline = time.monotonic() + LATE_S
     while missing and time.monotonic() < deadline:
         time.sleep(0.2)
-        missing = _missing(folder, files)
-    return set.union(*collectives.gather(missing))
+        missing = _missing_here(folder, files)
+    return set.union(*_views(missing))
+
+
+def _missing_here(folder: Path, files: Mapping[str, Any]) -> "set[str] | Unreadable":
+    try:
+        return _missing(folder, files)
+    except Unreadable as error:
+        return error
+
+
+def _views(missing: "set[str] | Unreadable") -> list[set[str]]:
+    """What every rank misses. Raises Unreadable on all where one could not look."""
+    views = []
+    for view in collectives.gather(missing):
+        if isinstance(view, Unreadable):
+            raise view
+        views.append(view)
+    return views
 
 
 class Unreadable(StorageError):

@@ -152,10 +152,13 @@ class RunLock:
         return ClusterError(f"run_dir: {self._run_dir} is in use by another run ({holder or 'unknown'})")
 
 
-def check_held(run_dir: Path) -> None:
-    """Raise ClusterError when another process has taken the folder over: one that was asleep must not write to it."""
+def check_held(run_dir: Path, by: tuple[str, int] | None = None) -> None:
+    """Raise ClusterError when another run has taken the folder over: one that was asleep must not write to it.
+
+    `by`: host and number of the process that held it, of other ranks rank 0's; None: this one.
+    """
     holder = _read(run_dir)
-    if holder is not None and holder != this_process():
+    if holder is not None and (holder.host, holder.pid) != (by or (socket.gethostname(), os.getpid())):
         raise ClusterError(f"run_dir: {run_dir} was taken over by {holder}, since this run gave no sign of life")
 
 

@@ -41,7 +41,10 @@ def retained(
 def evict(
     run_dir: Path, *, published: int, keep: int, keep_bytes: int | None = None, protected: Collection[int] = ()
 ) -> list[Removal]:
-    """Remove what `retained` does not name. What cannot be removed is told and costs nothing but its space."""
+    """Remove what `retained` does not name. What cannot be removed is told and costs nothing but its space.
+
+    Raises Unreadable, and removes nothing, where the folder cannot be listed.
+    """
     folders = step_folders(run_dir)
     num_bytes = {step: _num_bytes(folder) for step, folder in folders.items()}
     stays = retained(num_bytes, published=published, keep=keep, keep_bytes=keep_bytes, protected=protected)
@@ -72,5 +75,5 @@ def _num_bytes(folder: Path) -> int:
 def _file_sizes(folder: Path) -> Iterator[int]:
     for parent, _, names in os.walk(folder):
         for name in names:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # what cannot be measured takes no room
                 yield os.lstat(os.path.join(parent, name)).st_size

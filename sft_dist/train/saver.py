@@ -14,7 +14,7 @@ from sft_dist.errors import StorageError
 from sft_dist.model.engine import Engine
 from sft_dist.model.snapshot import HostMemory
 from sft_dist.train import retention
-from sft_dist.train.checkpoint import Checkpoint, TrainState, mark_best
+from sft_dist.train.checkpoint import Checkpoint, TrainState, best_step, mark_best
 from sft_dist.train.host_memory import available_bytes
 from sft_dist.train.metrics import Metrics
 from sft_dist.train.saving import Saved, Saving, Submit, at_once, no_room
@@ -112,20 +112,34 @@ class Saver:
         )
 
     def _tidy(self, published: Checkpoint, state: TrainState, protected: int) -> list[retention.Removal]:
+        """What fails here is said: published it is all the same, and the next checkpoint tries again."""
         best = state.heldout_best_step if self._config.keep_best else None
         keep_gib = self._config.keep_gib
-        removed = retention.evict(
-            self._run_dir,
-            published=published.step,
-            keep=self._config.keep,
-            keep_bytes=None if keep_gib is None else int(keep_gib * _GIB),
-            protected={step for step in (best, self._resumed, protected) if step is not None},
-        )
+        try:
+            # First, so that best.json never names what is removed; on a full disk the one it names stays for now.
+            problem = self._mark(state, best)
+            named = None if problem is None else best_step(self._run_dir)
+            removed = retention.evict(
+                self._run_dir,
+                published=published.step,
+                keep=self._config.keep,
+                keep_bytes=None if keep_gib is None else int(keep_gib * _GIB),
+                protected={step for step in (best, named, self._resumed, protected) if step is not None},
+            )
+        except StorageError as error:
+            self._metrics.say(f"warning: no checkpoint is removed: {error}")
+            return []
+        if problem is not None and (problem := self._mark(state, best)) is not None:
+            self._metrics.say(f"warning: {problem}")
+        return removed
+
+    def _mark(self, state: TrainState, best: int | None) -> str | None:
+        """What keeps best.json from being written, or None."""
         try:
             mark_best(self._run_dir, replace(state, heldout_best_step=best))
-        except StorageError as error:  # published it is all the same, and the next one will say it again
-            self._metrics.say(f"warning: {error}")
-        return removed
+        except StorageError as error:
+            return str(error)
+        return None
 
     def _check_room(self) -> None:
         """Rather before the first step than after many."""

@@ -274,6 +274,25 @@ def test_a_training_that_hangs_names_the_rank_and_leaves(
     assert of_rank_1 is None or of_rank_1 in done[1].stdout
 
 
+@pytest.mark.parametrize(("signal", "codes"), [("SIGKILL", [-9, 69]), ("SIGSTOP", [-9, 70])])
+def test_what_befalls_rank_0_is_written_by_another_rank(
+    place: Place, monkeypatch: pytest.MonkeyPatch, signal: str, codes: list[int]
+) -> None:
+    """Rank 0 holds the run folder, and whoever writes for it knows that."""
+    monkeypatch.setenv("SFT_DIST_FAULTS", f"step.begin:rank=0:step=3:{signal}")
+    done = place.train(
+        f"rank 0 {signal}",
+        "watchdog.timeout_s=10",
+        "evaluate.every=0",
+        "checkpoint.every=2",
+        "checkpoint.asynchronous=false",
+    )
+    assert [process.returncode for process in done] == codes, done[0].stdout + done[1].stdout
+    outcome = place.outcome(f"rank 0 {signal}")
+    assert outcome["exit_code"] == codes[1] and outcome["checkpoint"].endswith("step-00000002"), outcome
+    assert "taken over" not in done[1].stdout
+
+
 def test_every_forward_is_progress(stopped: Place) -> None:
     """On one rank a whole evaluation may enter no collective, and takes as long as it takes."""
     engine, forwards = PlainEngine(stopped.folder / "model"), []

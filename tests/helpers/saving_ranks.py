@@ -181,7 +181,7 @@ def _work(job: Job, world: World) -> None:
     for number in range(state.step, NUM_STEPS):
         time.sleep(job.step_s)
         engine.step(number)
-        state = TrainState(step=number + 1)
+        state = TrainState(step=number + 1, heldout_best_step=(number + 1) // 2 * 2 or None, heldout_nll_best=0.0)
         saver.poll()
         look(number + 1)
         if state.step % 2 == 0:

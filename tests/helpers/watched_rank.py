@@ -13,6 +13,7 @@ import torch
 
 from sft_dist import faults
 from sft_dist.distributed import collectives, watchdog
+from sft_dist.distributed.beats import Process
 from sft_dist.distributed.watchdog import Watchdog
 from sft_dist.distributed.world import find_world, start
 from sft_dist.errors import exit_code_of, say
@@ -27,7 +28,7 @@ def main(folder: Path, timeout_s: float) -> int:
     faults.reach("before.meeting", rank=world.rank)
     store = watchdog.connect(world, timeout_s=timeout_s)
 
-    def leave(exit_code: int, reason: str) -> None:
+    def leave(exit_code: int, reason: str, main: Process | None) -> None:
         write_outcome(folder, exit_code=exit_code, reason=reason, step=None, checkpoint=None)
 
     with Watchdog(world, store, timeout_s=timeout_s, slow_ratio=1.5, on_leave=leave, window_s=2.0) as watching:

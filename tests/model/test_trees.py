@@ -117,7 +117,7 @@ def random_trees(seed: int) -> list[Tree]:
     def ids(length: int) -> np.ndarray:
         return rng.integers(3, 300, length).astype(np.int32)
 
-    shapes = [(20, (5, 1, 9)), (1, (4, 3)), (13, (6,)), (7, tuple(rng.integers(1, 5, 150)))]
+    shapes = [(20, (5, 1, 9)), (1, (4, 3)), (13, (6,)), (60, tuple(rng.integers(5, 25, 24)))]
     return [Tree(ids(prompt), tuple(ids(length) for length in outputs)) for prompt, outputs in shapes]
 
 

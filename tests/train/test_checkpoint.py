@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,12 @@ def take_the_name_of_another_step(folder: Path) -> None:
     seal(folder, manifest | {"state": manifest["state"] | {"step": 3}})
 
 
+def flip_a_bit_of_the_format(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    assert '"format": 2' in text
+    (folder / "manifest.json").write_text(text.replace('"format": 2', '"format": 3'))
+
+
 def list_a_file_that_is_not_there(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["shards/r2.pt"] = manifest["files"]["shards/r1.pt"]
@@ -109,6 +118,7 @@ FAULTS = [
     strip_manifest,
     strip_a_file_of_its_digest,
     flip_a_bit_of_the_state,
+    flip_a_bit_of_the_format,
     take_the_name_of_another_step,
 ]
 
@@ -126,9 +136,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_found(tmp_path: Path, da
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards/r0.pt"])
-def test_what_cannot_be_read_now_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path: Path, name: str) -> None:
     """Else a run would go on from an older one, and give up what is newer."""
     make(tmp_path, 1)
     folder = make(tmp_path, 2)
@@ -142,6 +150,63 @@ def test_what_cannot_be_read_now_is_not_called_damaged(
         checkpoint.find(tmp_path, "last")
 
 
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Within, permissions count: root stands above them."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize(
+    ("what", "mode", "told"),
+    [
+        ("checkpoints", 0o300, "cannot be listed"),
+        ("checkpoints", 0o000, "cannot be listed"),
+        ("checkpoints/step-00000002", 0o000, "cannot be read"),
+        ("checkpoints/step-00000002/shards", 0o000, "cannot be read"),
+        ("checkpoints/step-00000002/shards", 0o111, "cannot be listed"),
+    ],
+)
+def test_a_folder_that_cannot_be_looked_into_is_not_called_empty(what: str, mode: int, told: str) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        run_dir = Path(made)
+        run_dir.chmod(0o755)
+        for step in (1, 2):
+            make(run_dir, step)
+        (run_dir / what).chmod(mode)
+        with as_nobody(), pytest.raises(integrity.Unreadable, match=f"{what}.* {told}: Permission denied"):
+            checkpoint.find(run_dir, "last")
+        (run_dir / what).chmod(0o755)
+        assert checkpoint.find(run_dir, "last").step == 2
+
+
+def test_a_copy_by_another_name_is_a_checkpoint(tmp_path: Path) -> None:
+    folder = make(tmp_path, 1)
+    copy = folder.rename(folder.with_name("step-00000001-kept"))
+    assert checkpoint.checked(copy, None, print)[0] is not None
+    assert checkpoint.step_folders(tmp_path) == {}
+
+
+def test_only_what_is_known_to_be_of_another_start_is_passed_over(tmp_path: Path) -> None:
+    """A run that resumes from a PATH goes on from its own progress; else it would overwrite what it cannot read."""
+    folder = make(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    seal(folder, manifest | {"config": {"checkpoint.resume": "runs/a/step"}})
+    assert checkpoint.may_be_of(folder, "runs/a/step") and not checkpoint.may_be_of(folder, "runs/b/step")
+    garble_manifest(folder)
+    assert checkpoint.may_be_of(folder, "runs/b/step")
+    remove_manifest(folder)
+    assert checkpoint.may_be_of(folder, "runs/b/step")
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(integrity.Unreadable):
+        checkpoint.may_be_of(folder, "runs/b/step")
+
+
 def test_long_checking_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,8 +218,7 @@ def test_long_checking_says_how_far_it_is(
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 9}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal(folder, json.loads((folder / "manifest.json").read_text()) | {"format": 9})
     with pytest.raises(ConfigError, match="format 9"):
         checkpoint.read(folder)
 

@@ -30,7 +30,7 @@ KILLS += [("save.before_rename", 0), ("save.evict", 0)]  # where only rank 0 is
 
 
 def names(run_dir: Path) -> set[str]:
-    return {path.name for path in checkpoint.checkpoints_dir(run_dir).iterdir()}
+    return {path.name for path in checkpoint.checkpoints_dir(run_dir).iterdir()} - {checkpoint.BEST}
 
 
 def check_end(run_dir: Path) -> None:
@@ -61,6 +61,8 @@ def test_killed_at_any_point_of_a_save_it_goes_on_from_a_whole_checkpoint(
     expected = {4} if point in ("save.after_publish", "save.evict") else {2}
     # Rank 0 may be publishing when the other one dies.
     assert whole[-1] in (expected if (point, rank) != ("save.before_publish", 1) else {2, 4})
+    best = checkpoint.best_step(run_dir)
+    assert best in whole, "best.json never names what is not there"
     again = run(Job(run_dir, asynchronous))
     assert [ended.exit_code for ended in again] == [0, 0], again[0].said + again[1].said
     assert f"resumed from step {whole[-1]}" in again[0].said
