@@ -65,8 +65,9 @@ def main() -> None:
         print(f"{name}: {entry}")
     facts = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", "benchmarks/tail_mass.py", *sys.argv[1:]]),
-        "model": model.config._name_or_path.rstrip("/").split("/")[-1],
+        "command": " ".join(["python", "benchmarks/tail_mass.py", *(Path(word).name for word in sys.argv[1:])]),
+        "parameters": model.num_parameters(),
+        "vocabulary": model.config.vocab_size,
         "torch": torch.__version__,
         "transformers": transformers_version,
         "python": platform.python_version(),
