@@ -197,7 +197,7 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         needed,
         config.model.gradient_checkpointing,
         None if load is None else _floor(config, hardware, sizes, load, dtype.itemsize),
-        _STATE_BYTES * sizes.num_trained if config.adapter.kind != "none" else _on_disk(sizes, dtype.itemsize),
+        _on_disk(config, sizes.num_parameters, sizes.num_trained, dtype.itemsize),
         anchor_bytes * sizes.num_trained // hardware.num_devices if on_host else 0,
     )
 
@@ -219,17 +219,26 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """On disk, from config.json alone. Raises ConfigError for models that cannot be read."""
     import torch
 
-    from sft_dist.model import groups, loading, memory
+    from sft_dist.model import adapters, groups, loading, memory
 
     model_config = loading.load_config(config.model, config.data.max_length)
-    code = config.model.trust_remote_code
-    causal_lm = memory.model_without_weights(model_config, torch.bfloat16, trust_remote_code=code)
-    groups.freeze(causal_lm, config.model.freeze)
-    return _on_disk(memory.sizes_of(causal_lm), torch.bfloat16.itemsize)
+    dtype, code = torch.bfloat16, config.model.trust_remote_code
+    if config.head.kind == "none":
+        model = memory.model_without_weights(model_config, dtype, trust_remote_code=code)
+        groups.freeze(model, config.model.freeze)
+        with torch.device("meta"):
+            adapters.inject(model, config.adapter, seed=config.seed)
+    else:
+        num_outputs = len(config.head.labels) or 2  # those of the data are few beside the backbone
+        model = memory.classifier_without_weights(model_config, dtype, num_outputs=num_outputs, trust_remote_code=code)
+        model.base_model.requires_grad_(not config.head.freeze_backbone)
+    return _on_disk(config, *memory.numel(model), dtype.itemsize)
 
 
-def _on_disk(sizes: "Sizes", element_bytes: int) -> int:
-    return _STATE_BYTES * sizes.num_trained + element_bytes * (sizes.num_parameters - sizes.num_trained)
+def _on_disk(config: RunConfig, num_parameters: int, num_trained: int, element_bytes: int) -> int:
+    """Of a checkpoint; the base of adapters is in none."""
+    base = num_parameters - num_trained if config.adapter.kind == "none" else 0
+    return _STATE_BYTES * num_trained + element_bytes * base
 
 
 def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None:
@@ -331,8 +340,10 @@ def _describe(config: RunConfig, result: Estimate, data: tuple[Selection, Plan] 
         f"{sizes.num_parameters * result.element_bytes / GIB:,.2f} GiB at {result.element_bytes} bytes each"
     )
     if sizes.num_trained < sizes.num_parameters:
+        what = f"{config.adapter.kind} of rank {config.adapter.rank}"
         yield (
-            f"adapters   {config.adapter.kind} of rank {config.adapter.rank}: {sizes.num_trained:,} parameters are "
+            f"{'frozen  ' if config.adapter.kind == 'none' else 'adapters'}   "
+            f"{'by model.freeze' if config.adapter.kind == 'none' else what}: {sizes.num_trained:,} parameters are "
             f"trained ({sizes.num_trained / sizes.num_parameters:.2%})"
         )
     if data is None:

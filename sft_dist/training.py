@@ -127,7 +127,7 @@ def _with_group(
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
     from sft_dist.train import checkpoint, contract, files, rundir, start_answers
-    from sft_dist.train.drift import DriftMeter
+    from sft_dist.train.drift import DriftMeter, start_to_measure
     from sft_dist.train.forgetting import Retention
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
@@ -158,10 +158,17 @@ def _with_group(
     is_plain = config.adapter.kind == config.head.kind == "none"
     measures = config.anchor.drift != "never" and lost is None and is_plain
     # No checkpoint holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
-    needs_start = resumed is None or measures or config.anchor.decay > 0 or config.anchor.kl > 0
-    initial = initial_weights(config, say_once) if needs_start else None
+    needs_start = resumed is None or config.anchor.decay > 0 or config.anchor.kl > 0
+    initial = None
+    try:
+        initial = initial_weights(config, say_once) if needs_start or measures else None
+    except (ConfigError, StorageError) as error:
+        if needs_start:
+            raise
+        measures = False
+        say_once(f"warning: the drift is not measured: {error}")
     engine = engines.training_engine(config, world, initial)
-    pretrained = engine.pretrained(config, initial) if measures else None
+    pretrained = start_to_measure(engine, config, initial, say_once) if measures else None
     engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
     if config.anchor.kl_top_k is not None:

@@ -5,6 +5,7 @@ DeepSpeed file decides as well is an error that names both.
 """
 
 import ctypes
+import fnmatch
 import gc
 import json
 import logging
@@ -41,7 +42,7 @@ from sft_dist.model import (
 from sft_dist.model.batch import Batch
 from sft_dist.model.classifier import Classifier
 from sft_dist.model.fused_head import LossTerms, TokenValues, TopReference
-from sft_dist.model.layers import compile_layers, decoder_layers
+from sft_dist.model.layers import ask_for_input_gradients, compile_layers, decoder_layers
 from sft_dist.model.logprobs import HiddenRows, TokenLogprobs
 from sft_dist.model.snapshot import Snapshot, write_file
 from sft_dist.model.stored import StoredTensors
@@ -321,24 +322,39 @@ class Engine:
         """This rank's part of every parameter, by the names of transformers; for engines that train."""
         return anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
 
-    def decay_to_start(self, config: RunConfig) -> None:
-        """Decay toward θ̂, the weights as they are now, with every step from now on."""
+    def decay_to_start(self, config: RunConfig, initial: Path | None) -> None:
+        """Decay toward θ̂, the weights as they are now, with every step from now on. Raises ConfigError, StorageError.
+
+        Parameters that the files do not hold (model.allow_new_parameters) have no pre-trained value to stay at.
+        """
+        if states_dtype(config) is torch.bfloat16:
+            raise ConfigError(
+                "anchor.decay: master weights have 16 bits here (deepspeed), which would round its small steps away; "
+                "choose a DeepSpeed file with float32 states, or leave it out"
+            )
+        allowed = config.model.allow_new_parameters
+        held = self._readers(config, initial) if allowed else {}
         self._pretrained = self._in_reference() or anchor.kept_in_memory(self.own_parts(), config.anchor)
-        exempt = config.model.allow_new_parameters  # no pre-trained value is known to stay at
+        exempt = {
+            name
+            for name in self._pretrained.kept
+            if name not in held and any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)
+        }
         anchor.pull(self._engine, self._pretrained, decay=config.anchor.decay, exempt=exempt, prefix=_WRAPPED)
 
     def pretrained(self, config: RunConfig, initial: Path | None) -> anchor.Pretrained:
         """This rank's part of θ̂; to be asked for before the weights, as the files gave them, change."""
         if (known := self._pretrained or self._in_reference()) is not None:
             return known
+        return anchor.read_again(self.own_parts(), self._readers(config, initial), config.anchor)
+
+    def _readers(self, config: RunConfig, initial: Path | None) -> dict[str, anchor.Reader]:
+        """Of what the files that training starts from hold by the names of the parameters."""
         shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.causal_lm.named_parameters()}
         if initial is not None:
-            readers = _checkpoint_readers(initial, shapes)
-        else:
-            folder = loading.folder_of(config.model.path)
-            files = StoredTensors(folder)
-            readers = anchor.file_readers(files, shapes, self.causal_lm.base_model_prefix)
-        return anchor.read_again(self.own_parts(), readers, config.anchor)
+            return _checkpoint_readers(initial, shapes)
+        files = StoredTensors(loading.folder_of(config.model.path))
+        return anchor.file_readers(files, shapes, self.causal_lm.base_model_prefix)
 
     def close(self) -> None:
         """Free the memory of the weights, for another model; the engine answers nothing after that."""
@@ -420,6 +436,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     frozen = groups.freeze(model.model, config.model.freeze)
     if frozen is not None and world.is_main:
         say(frozen)
+    ask_for_input_gradients(layers)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
     if config.model.compile:
@@ -449,11 +466,13 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     zero.clear_padding(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
-    reference = _frozen_engine(config, world, initial, may_persist=False)[0] if config.anchor.needs_copy else None
+    reference = None
+    if config.anchor.needs_copy:
+        reference, _ = _frozen_engine(config, world, initial, seed=config.seed, may_persist=False)
     base = frozenset() if config.adapter.kind == "none" else adapters.frozen_names(model)
     result = Engine(engine, world, reduce_once=reduce_once, settings=settings, reference=reference, base=base)
     if config.anchor.decay:
-        result.decay_to_start(config)
+        result.decay_to_start(config, initial)
     return result
 
 
@@ -463,18 +482,27 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None, *, c
     With a coefficient below 1 its weights lie so far on the way from the pre-trained ones to those of checkpoint
     `weights`. Raises ConfigError for parameters that neither the model's files nor `weights` hold.
     """
-    engine, settings = _frozen_engine(config, world, weights, may_persist=True, coefficient=coefficient)
+    seed = None if weights is None else config.seed
+    engine, settings = _frozen_engine(config, world, weights, seed=seed, may_persist=True, coefficient=coefficient)
     return Engine(engine, world, settings=settings)
 
 
 def _frozen_engine(
-    config: RunConfig, world: World, weights: Path | None, *, may_persist: bool, coefficient: float = 1.0
+    config: RunConfig,
+    world: World,
+    weights: Path | None,
+    *,
+    seed: int | None,
+    may_persist: bool,
+    coefficient: float = 1.0,
 ) -> tuple[Any, dict[str, int]]:
-    """DeepSpeed's engine for forwards alone, and its settings; `may_persist`: weights may stay whole."""
+    """DeepSpeed's engine for forwards alone, and its settings; `may_persist`: weights may stay whole.
+
+    `seed`: of parameters that are in no file, which are refused without one.
+    """
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    seed = None if weights is None else config.seed
     if weights is None:
         config = config.model_copy(update={"adapter": AdapterConfig()})  # one that nothing has trained changes nothing
     model, layers = _sharded_model(config, world, tree, weights, seed=seed, coefficient=coefficient)

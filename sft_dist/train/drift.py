@@ -5,8 +5,10 @@ of the model.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
+from sft_dist.config import RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.errors import StorageError
 from sft_dist.model import anchor
@@ -74,6 +76,25 @@ class DriftMeter:
         if is_new:
             self._metrics.record("drift", step, **as_dict(squares))
         return squares
+
+
+def start_to_measure(
+    engine: Engine, config: RunConfig, initial: Path | None, say_once: Callable[[str], None]
+) -> anchor.Pretrained | None:
+    """θ̂ of an engine whose weights are those of the files, or of the checkpoint `initial`. A collective.
+
+    None where these cannot be read: that nothing is measured is no reason to end a training.
+    """
+    found, problem = None, ""
+    try:
+        found = engine.pretrained(config, initial)
+    except StorageError as error:
+        problem = str(error)
+    problems = [text for text in collectives.gather(problem) if text]
+    if not problems:
+        return found
+    say_once(f"warning: the drift is not measured: {problems[0]}")
+    return None
 
 
 def ratio(squares: Iterable[Squares]) -> float | None:

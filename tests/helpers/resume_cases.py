@@ -51,6 +51,8 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             freeze=case.get("freeze", ()),
             control_tokens=case.get("control_tokens", ()),
             compile=case.get("compile", False),
+            allow_new_parameters=case.get("allow_new_parameters", ()),
+            gradient_checkpointing=case.get("gradient_checkpointing", True),
         ),
         adapter=AdapterConfig(**case.get("adapter", {})),
         data=DataConfig(

@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "anchor": {"decay": 30.0},
         "optimizer": OPTIMIZER | {"layer_decay": 0.7},
         "freeze": ["*embed_tokens*", "*layers.0.mlp*", "*layers.2.*norm*"],
+        "gradient_checkpointing": False,  # the input of the first layer needs no gradient, and nothing computes it anew
     },
     "divergence": {"family": "llama", "anchor": {"kl": 2.0, "decay": 10.0}, "optimizer": OPTIMIZER},
     "kept divergence": {"family": "qwen2", "anchor": {"kl": 2.0, "kl_top_k": 5}, "optimizer": OPTIMIZER},
