@@ -270,7 +270,11 @@ class AnchorConfig(Section):
     """Decoupled weight decay of all trained parameters toward θ̂, the weights at step 0 (L2-SP); 0: none."""
     kl: Annotated[float, Field(ge=0)] = 0.0
     """Coefficient of KL(p_θ̂ ‖ p_θ) over the whole vocabulary, added to each target's loss; 0: none. It takes a frozen
-    copy of the model, sharded over the ranks, and one more forward."""
+    copy of the model, sharded over the ranks, and one more forward; or kl_top_k."""
+    kl_top_k: Annotated[int, Field(ge=1)] | None = None
+    """Instead of the frozen copy, keep what θ̂ says: before the first step one forward over the training data writes its
+    k likeliest tokens at every target below data.cache_dir, 8 k + 4 bytes a target. All others count as one, so this KL
+    is a lower bound; it misses the mass that θ̂ has outside its k (its mean is said and recorded) times the KL there."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the copy of θ̂ that anchor.decay needs; auto: bfloat16 where that is exact, else float32."""
     device: Literal["host", "device"] = "host"
@@ -279,6 +283,11 @@ class AnchorConfig(Section):
     drift: Literal["evaluations", "end", "never"] = "evaluations"
     """When to measure how far θ is from θ̂, by layer and kind of weight: after each evaluation, or at the end alone.
     Without anchor.decay θ̂ is read from its files each time, each rank its own part."""
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether a frozen copy of the model answers to every batch."""
+        return self.kl > 0 and self.kl_top_k is None
 
 
 class ScheduleConfig(Section):
@@ -422,6 +431,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _top_k_of_a_divergence(self) -> "RunConfig":
+        if self.anchor.kl_top_k is not None and not self.anchor.kl:
+            raise ValueError("anchor.kl_top_k: nothing is compared while anchor.kl is 0; set that, or leave this out")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_leave_the_rest(self) -> "RunConfig":
         if self.adapter.kind != "none":
             for key, value in (("anchor.decay", self.anchor.decay), ("model.freeze", self.model.freeze)):
@@ -455,6 +470,7 @@ class RunConfig(Section):
             ("adapter.kind", self.adapter.kind != "none"),
             ("data.retention", self.data.retention),
             ("anchor.decay", self.anchor.decay),
+            ("anchor.kl_top_k", self.anchor.kl_top_k),
             ("anchor.kl", self.anchor.kl),
         ):
             if is_asked:

@@ -15,6 +15,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import is_prepared
 from sft_dist.data.progress import duration
 from sft_dist.data.selection import Selection
+from sft_dist.data.top_logprobs import bytes_per_target
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.preparation import training_cost, training_set
 
@@ -186,7 +187,7 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         reduces_once=reduces_once,
         reserves_buckets=hardware.is_gpu,
         anchor_bytes=0 if on_host else anchor_bytes,
-        compares=config.anchor.kl > 0,
+        compares=config.anchor.needs_copy,
     )
     return Estimate(
         hardware,
@@ -203,8 +204,8 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
 
 def _anchor_bytes(config: RunConfig, element_bytes: int, stored_dtype: str) -> int:
     """Of a parameter in the copy of θ̂ that anchor.decay needs."""
-    if not config.anchor.decay or config.anchor.kl:
-        return 0  # with anchor.kl the frozen model is the copy
+    if not config.anchor.decay or config.anchor.needs_copy:
+        return 0  # the frozen model is the copy
     match config.anchor.dtype:
         case "float32":
             return 4
@@ -249,7 +250,7 @@ def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None
 
     def on_hardware(lengths: Any, num_targets: int) -> float:
         """With what is recomputed, and with a forward of the frozen model, a third of forward and backward."""
-        frozen = cost.flops(lengths, num_targets) / 3 if config.anchor.kl else 0.0
+        frozen = cost.flops(lengths, num_targets) / 3 if config.anchor.needs_copy else 0.0
         return again.flops(lengths, num_targets) + frozen
 
     row = config.data.max_length
@@ -296,7 +297,7 @@ def _floor(config: RunConfig, hardware: Hardware, sizes: "Sizes", load: Load, el
     forwards = _forwards(config, ranks)
     idle = forwards * ranks * config.batch.packs_per_micro_batch / packs
     compute_s = load.hardware_flops * idle / (hardware.flops_per_s * ranks)
-    elements = (3 if config.anchor.kl else 2) * sizes.num_parameters + sizes.num_trained
+    elements = (3 if config.anchor.needs_copy else 2) * sizes.num_parameters + sizes.num_trained
     moved = forwards * elements * element_bytes * (ranks - 1) / ranks
     if not moved:
         return Floor(compute_s, 0.0)
@@ -325,6 +326,10 @@ def _lines(
     keep = config.checkpoint.keep + (1 if config.checkpoint.keep_best and config.data.heldout else 0)
     size = result.checkpoint_bytes / GIB
     yield f"disk       {size:,.2f} GiB a checkpoint, {size * (keep + 1):,.2f} GiB for {keep} kept and one being written"
+    if config.anchor.kl_top_k is not None:
+        per_target = bytes_per_target(config.anchor.kl_top_k)
+        whole = "" if data is None else f", {int(data[0].num_targets.sum()) * per_target / GIB:,.2f} GiB of all"
+        yield f"           {per_target:,} bytes a target in data.cache_dir for anchor.kl_top_k{whole}; made once"
     yield from _time_lines(config, result, measured)
 
 

@@ -128,7 +128,7 @@ def _with_group(
     from sft_dist.distributed import collectives, preflight
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
-    from sft_dist.train import checkpoint, contract, files, rundir
+    from sft_dist.train import checkpoint, contract, files, rundir, start_answers
     from sft_dist.train.drift import DriftMeter, start_to_measure
     from sft_dist.train.forgetting import Retention
     from sft_dist.train.loop import Run, plan_heldout
@@ -173,6 +173,9 @@ def _with_group(
     pretrained = start_to_measure(engine, config, initial, say_once) if measures else None
     engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
+    if config.anchor.kl_top_k is not None:
+        watchdog.enter("keeping what θ̂ says")
+        selection = start_answers.kept(selection, plan, engine, config, facts, world, say_once)
     state = checkpoint.TrainState()
     kept = Retention(retention) if retention is not None else None
     if resumed is not None:
@@ -186,6 +189,8 @@ def _with_group(
     else:
         _say_advice(config, selection, plan, engine.num_parameters, say_once)
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
+    if selection.top is not None:
+        metrics.record("kl_top_k", state.step, **selection.top.as_dict())
     drift = DriftMeter(engine, metrics, pretrained, at_evaluations=config.anchor.drift == "evaluations")
     planned = plan_heldout(heldout) if heldout is not None else None
     profile = Profile(run_dir / "profile", state.step) if with_profile and world.is_main else None

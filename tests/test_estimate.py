@@ -142,6 +142,11 @@ def test_frozen_weights_have_no_states_and_every_copy_of_the_start_is_counted(la
     assert plain.host_bytes == 0 and on_host.host_bytes == 2 * LLAMA_8B_PARAMETERS // 8
     assert parts(on_host) == parts(plain)
     assert parts(on_device) == parts(plain) | {"copy of θ̂": 4 * LLAMA_8B_PARAMETERS // 8}
+    kept, both = asked(kl=1.0, kl_top_k=64), asked(kl=1.0, kl_top_k=64, decay=1.0, device="device", dtype="float32")
+    assert parts(kept) == parts(plain) and kept.floor == plain.floor and kept.load == plain.load
+    assert parts(both) == parts(on_device), "the decay has no frozen model to look at"
+    assert compared.load is not None and plain.load is not None
+    assert compared.load.hardware_flops > plain.load.hardware_flops
     more = {name: size - parts(plain).get(name, 0) for name, size in parts(compared).items()}
     assert more["frozen model"] == 2 * LLAMA_8B_PARAMETERS // 8 and more["frozen model, gathered"] > 0
     assert more["head"] > 0 and not any(more[name] for name in ("weights", "master weights", "gradients"))

@@ -4,7 +4,9 @@ Pure functions of (prepared data, policy), applied after preparation, so that on
 and weighting. The formulas stand in docs/objective.md, section 5.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,6 +17,7 @@ from sft_dist.data.conversation import ROLES
 from sft_dist.data.labels import NO_LABEL, LabelFault, LabelSet, LabelTable, tabulate
 from sft_dist.data.sample import Int32, Sample
 from sft_dist.data.store import PreparedDataset
+from sft_dist.data.top_logprobs import TopLogprobs, TopTable
 from sft_dist.errors import DataError
 
 TrainOn = Literal["assistant", "last_assistant", "all", "marked"]
@@ -75,6 +78,7 @@ class Example:
     weights: NDArray[np.float32]  # [T] factor of -log Pr in the numerator of the loss; 0 where no target
     target: Float64 | None = None  # what the label says to a head, as LabelSet.target has it
     label_weight: float | None = None  # of the target beside those among the tokens; None: weights[0], and no others
+    top: TopLogprobs | None = None  # what θ̂ finds likeliest at the targets, in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,7 @@ class Selection:
     def __init__(self, dataset: PreparedDataset, policy: Policy) -> None:
         self.dataset = dataset
         self.policy = policy
+        self.top: TopTable | None = None
         spans = dataset.spans
         self.labels = None if policy.labels is None else _labels(dataset, policy.labels, is_beside=policy.is_beside)
         self._is_target, first, self._last = _targets(dataset, policy)
@@ -208,12 +213,24 @@ class Selection:
             if self._is_target[row] and first < last:
                 turns[first - begin : last - begin] = self.dataset.spans.message[row]
                 weights[first - begin : last - begin] = self._span_weights[row] * self._scale[number]
+        top = None if self.top is None else self.top.rows(number, int(self.num_targets[number]))
         if self.labels is None:
-            return Example(sample, turns, weights)
+            return Example(sample, turns, weights, top=top)
         if not self.policy.is_beside:
             return Example(sample, turns, weights, self.labels.target(place))
         weight = float(self.label_mass[number])
-        return Example(sample, turns, weights, self.labels.target(place) if weight else None, weight)
+        return Example(sample, turns, weights, self.labels.target(place) if weight else None, weight, top)
+
+    def with_top(self, top: TopTable) -> "Selection":
+        """The same; its examples say what θ̂ finds likeliest at their targets."""
+        other = copy(self)
+        other.top = top
+        return other
+
+    def digest(self) -> str:
+        """16 hex digits of which tokens of the data set are in which example, and which of them are targets."""
+        parts = (self.samples, self._begins, self._ends, self._is_target, self._first, self._last)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
     def _ends_that_fit(self) -> Int64:
         """[num_samples] one past the last answer that fits and has a target in it or before it; 0: there is none."""

@@ -39,6 +39,8 @@ class Batch:
     label_weights: Tensor | None = None  # float32 [m]
     label_rows: Tensor | None = None  # int64 [m], the samples that have a label, in order
     token_types: Tensor | None = None  # int64 [1, T], 1 in the second text of a pair
+    top_ids: Tensor | None = None  # int32 [num_targets, k], what θ̂ found likeliest (data/top_logprobs.py)
+    top_logprobs: Tensor | None = None  # float32 [num_targets, k + 1]
 
     @property
     def max_length(self) -> int:
@@ -118,6 +120,8 @@ def collate(examples: Sequence[Example]) -> Batch:
         label_weights=torch.tensor([_label_weight(examples[n]) for n in labelled]) if labelled else None,
         label_rows=torch.tensor(labelled) if labelled else None,
         token_types=_row([_token_types(e) for e in examples]) if is_in_place else None,
+        top_ids=_joined([e.top.ids for e in examples if e.top is not None]),
+        top_logprobs=_joined([e.top.logprobs for e in examples if e.top is not None]),
     )
 
 
@@ -179,6 +183,10 @@ def _labels(examples: Sequence[Example]) -> Tensor | None:
 
 def _label_weight(example: Example) -> float:
     return float(example.weights[0]) if example.label_weight is None else example.label_weight
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor | None:
+    return torch.from_numpy(np.concatenate(parts)) if parts else None
 
 
 def _token_types(example: Example) -> Int32:

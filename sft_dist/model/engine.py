@@ -32,6 +32,7 @@ from sft_dist.model import (
     attention,
     beside,
     classifier,
+    fused_head,
     groups,
     interpolation,
     loading,
@@ -41,7 +42,7 @@ from sft_dist.model import (
 )
 from sft_dist.model.batch import Batch
 from sft_dist.model.classifier import Classifier
-from sft_dist.model.fused_head import LossTerms, TokenValues
+from sft_dist.model.fused_head import LossTerms, TokenValues, TopReference
 from sft_dist.model.layers import ask_for_input_gradients, compile_layers, decoder_layers
 from sft_dist.model.logprobs import HiddenRows, TokenLogprobs
 from sft_dist.model.snapshot import Snapshot, write_file
@@ -180,6 +181,11 @@ class Engine:
         return sum(map(zero.numel, self.causal_lm.parameters()))
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that the language model's head knows."""
+        return int(self.causal_lm.get_output_embeddings().weight.ds_shape[0])
+
+    @property
     def is_classifier(self) -> bool:
         """Whether the model has a prediction head in the place of the language model's."""
         return isinstance(self._engine.module, Classifier)
@@ -224,7 +230,23 @@ class Engine:
         assert values.loss is not None
         return values.loss, values
 
-    def _answer_of_reference(self, batch: Batch) -> HiddenRows:
+    def top_logprobs(self, batch: Batch, k: int) -> TopReference:
+        """What the model, as it is now, says at this rank's targets, in the host's memory. A collective."""
+        self._check_ids(batch)
+        with torch.no_grad():
+            hidden = HiddenRows(self._engine(batch.to(self.device), as_reference=True), self.causal_lm)
+            with hidden.whole() as model:
+                found = fused_head.top_logprobs(model.rows, model.head, k)
+        return TopReference(found.ids.cpu(), found.logprobs.float().cpu())
+
+    def _answer_of_reference(self, batch: Batch) -> HiddenRows | TopReference:
+        if batch.top_ids is not None and batch.top_logprobs is not None:
+            return TopReference(batch.top_ids, batch.top_logprobs)
+        if self._reference is None:
+            assert not batch.num_targets, (
+                "examples come with what is kept of the start's answers (data/top_logprobs.py)"
+            )
+            return TopReference(batch.input_ids.new_zeros(0, 1), batch.weights.new_zeros(0, 2))
         with torch.no_grad():
             return HiddenRows(self._reference(batch, as_reference=True), self._reference.module.model)
 
@@ -460,9 +482,9 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     zero.clear_padding(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
-    reference = (
-        _frozen_engine(config, world, initial, seed=config.seed, may_persist=False)[0] if config.anchor.kl else None
-    )
+    reference = None
+    if config.anchor.needs_copy:
+        reference, _ = _frozen_engine(config, world, initial, seed=config.seed, may_persist=False)
     base = frozenset() if config.adapter.kind == "none" else adapters.frozen_names(model)
     result = Engine(engine, world, reduce_once=reduce_once, settings=settings, reference=reference, base=base)
     if config.anchor.decay:

@@ -17,7 +17,7 @@ from sft_dist.errors import ConfigError
 from sft_dist.model import fused_head, zero
 from sft_dist.model.batch import Batch
 from sft_dist.model.beside import LabelHead
-from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, Reference, TokenValues
+from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, Reference, TokenValues, TopReference
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,14 @@ class TokenLogprobs(nn.Module):
         *,
         with_top: bool = False,
         loss: LossTerms | None = None,
-        reference: HiddenRows | None = None,
+        reference: HiddenRows | TopReference | None = None,
         as_reference: bool = False,
     ) -> TokenValues | Tensor:
         """Log-probs of the batch's targets; `is_top` with `with_top`.
 
         With `loss` also Σ w ℓ over them, w those of the batch, and the loss of the head beside. Nothing else can be
         differentiated. `reference`: another model of the same vocabulary, with what it has answered to this batch
-        `as_reference`: [num_targets, D], what its head is given there.
+        `as_reference`: [num_targets, D], what its head is given there; or what is kept of its answer.
         """
         alpha = self._neftune_alpha if self.training else 0.0
         with _noise(self.model.get_input_embeddings(), alpha, batch.lengths):
@@ -85,7 +85,7 @@ class TokenLogprobs(nn.Module):
         head = self.model.get_output_embeddings()
         if as_reference:
             return hidden[0].index_select(0, rows)
-        with nullcontext() if reference is None else reference.whole() as compared:
+        with reference.whole() if isinstance(reference, HiddenRows) else nullcontext(reference) as compared:
             found: TokenValues = head(
                 hidden[0].index_select(0, rows),
                 batch.targets[0, rows],
@@ -144,7 +144,7 @@ def _with_targets(head: nn.Linear, transform: LogitTransform) -> Callable[..., A
         weights: Tensor | None = None,
         terms: LossTerms | None = None,
         with_top: bool = False,
-        reference: Reference | None = None,
+        reference: Reference | TopReference | None = None,
     ) -> Tensor | TokenValues:
         if targets is None:
             return project(hidden)

@@ -378,6 +378,7 @@ class Run:
             "heldout_nll_best": state.heldout_nll_best,
             "heldout_nll_after": state.heldout_nll_last,
             "drift": self._drift.last,
+            "kl_top_k": None if self.selection.top is None else self.selection.top.as_dict(),
             "retention": forgetting.as_dict(state.retention),
             "skipped_steps": state.history.skipped,
             "rollbacks": state.history.rollbacks,
