@@ -223,7 +223,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
     model_config = loading.load_config(config.model, config.data.max_length)
     dtype, code = torch.bfloat16, config.model.trust_remote_code
-    if config.head.kind == "none":
+    if not config.head.is_in_place:
         model = memory.model_without_weights(model_config, dtype, trust_remote_code=code)
         groups.freeze(model, config.model.freeze)
         with torch.device("meta"):
