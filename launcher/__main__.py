@@ -33,7 +33,7 @@ from launcher.mpi import find_mpiexec
 from launcher.report import Verdict, judge
 from launcher.restarts import EXPLAINED, Restarts, checkpoints, keep_running
 from launcher.rundir import ask_run_dir
-from launcher.supervise import Ending, say, signals_held, supervise
+from launcher.supervise import Ending, prepared, say, supervise
 
 PORT_STRIDE = 97  # between the ports of two starts
 
@@ -231,7 +231,7 @@ def _restarts(options: argparse.Namespace) -> Restarts:
 def _supervised(job: Job, facts: Facts, restarts: Restarts, *, log_dir: Path | None, grace_s: float) -> int:
     run_dir = ask_run_dir(job, python=sys.executable)
     log_dir_used = log_dir or Path(tempfile.mkdtemp(prefix="sft-launch-"))
-    with signals_held() as mask:
+    with prepared() as inherited:
 
         def start(number: int) -> tuple[Ending, Verdict]:
             told = {"SFT_DIST_RESTART": str(number)} if restarts.budget else {}
@@ -244,7 +244,7 @@ def _supervised(job: Job, facts: Facts, restarts: Restarts, *, log_dir: Path | N
             now = replace(facts, environ={**facts.environ, **told}, contact=contact)
             to_start = commands(replace(job, master_port=port), now)
             to_start = tuple(replace(command, env={**command.env, **told}) for command in to_start)
-            ending = supervise(to_start, log_dir=log_dir_used, grace_s=grace_s, mask=mask, lifeline=lifeline)
+            ending = supervise(to_start, log_dir=log_dir_used, grace_s=grace_s, inherited=inherited, lifeline=lifeline)
             return ending, judge(ending)
 
         # Other verbs than train leave no checkpoints to tell progress by.

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -49,16 +49,20 @@ def main() -> int:
     for signum in (*PASSED_ON, signal.SIGCHLD):
         signal.signal(signum, lambda *_: None)
     adopt_orphans()
-    log, output = (None, None) if parcel.log_dir is None or rank == "0" else _log(Path(parcel.log_dir), rank)
-    # close_fds: MPI's launchers talk to their ranks through inherited descriptors.
-    child = subprocess.Popen(
-        argv,
-        env=env,
-        close_fds=False,
-        stdout=output,
-        stderr=None if output is None else subprocess.STDOUT,
-        preexec_fn=_before_exec(os.getpid()),
-    )
+    try:
+        log, output = (None, None) if parcel.log_dir is None or rank == "0" else _log(Path(parcel.log_dir), rank)
+        # close_fds: MPI's launchers talk to their ranks through inherited descriptors.
+        child = subprocess.Popen(
+            argv,
+            env=env,
+            close_fds=False,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            preexec_fn=_before_exec(os.getpid()),
+        )
+    except OSError as error:
+        _tell(launcher, {"returncode": None, "reason": f"it could not be started: {error}"})
+        return _until_let_go(launcher)
     try:
         code = _keep(child, launcher, woken, log)
     finally:
@@ -98,8 +102,7 @@ def _log(folder: Path, rank: str) -> tuple[Log, IO[bytes]]:
     try:
         return open_log(folder, f"rank {rank}")
     except OSError as error:
-        print(f"sft-launch: --log-dir {folder} on {socket.gethostname()}: {error.strerror}", file=sys.stderr)
-        sys.exit(EXIT_CLUSTER)
+        raise OSError(f"--log-dir {folder}: {error.strerror}") from error
 
 
 def _before_exec(keeper: int) -> Callable[[], None]:
@@ -118,7 +121,8 @@ def _keep(child: subprocess.Popen[bytes], launcher: socket.socket, woken: socket
     while True:
         if child.poll() is not None and not told:
             kill_descendants(timeout_s=KILL_TIMEOUT_S)  # helpers that it left behind
-            told = _tell(launcher, child.returncode, log)
+            _tell(launcher, {"returncode": child.returncode, "quote": _quote(child.returncode, log)})
+            told = True
         readable, _, _ = select.select([launcher, woken], [], [])
         if woken in readable:
             for signum in woken.recv(64):
@@ -147,13 +151,29 @@ def _last_code(returncode: int | None) -> int:
     return 0 if returncode in (0, EXIT_REQUEUE) else returncode if returncode > 0 else 128 - returncode
 
 
-def _tell(launcher: socket.socket, returncode: int, log: Log | None) -> bool:
-    """How the rank ended, with the end of its log: it may lie on a disk that sft-launch does not see."""
-    quote = None if log is None else Quote(f"{socket.gethostname()}:{log.path}", tuple(tail(log)))
-    line = json.dumps({"returncode": returncode, "quote": quote and asdict(quote)})
+def _tell(launcher: socket.socket, ended: Mapping[str, object]) -> None:
+    """How the rank ended (lifeline.parse_end)."""
     with suppress(OSError):  # seen when reading
-        launcher.sendall(line.encode() + b"\n")
-    return True
+        launcher.sendall(json.dumps(ended).encode() + b"\n")
+
+
+def _quote(returncode: int, log: Log | None) -> dict[str, object] | None:
+    """The end of a log, which may lie on a disk that sft-launch does not see.
+
+    After 0 it may be asked for, too: sft-launch alone knows whether the others had ended.
+    """
+    if log is None or returncode == EXIT_REQUEUE:
+        return None
+    return asdict(Quote(f"{socket.gethostname()}:{log.path}", tuple(tail(log))))
+
+
+def _until_let_go(launcher: socket.socket) -> int:
+    """Stay, without a rank, as `_keep` does after its end; returns the code to leave with."""
+    received = b""
+    with suppress(OSError):
+        while (chunk := launcher.recv(4096)) and b"leave\n" not in (received := received + chunk):
+            pass
+    return EXIT_CLUSTER
 
 
 if __name__ == "__main__":

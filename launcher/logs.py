@@ -27,11 +27,17 @@ class Quote:
 
 
 def tail(log: Log, *, num_lines: int = NUM_TAIL_LINES) -> list[str]:
-    """The last lines this launch wrote to `log`; of a line redrawn in place, its last state."""
-    with log.path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(log.start, size - TAIL_BYTES))
-        text = file.read().decode("utf-8", errors="replace")
+    """The last lines this launch wrote to `log`; of a line redrawn in place, its last state.
+
+    Of a log that has gone, or whose disk has, the one line that it cannot be read: how a rank ended counts for more.
+    """
+    try:
+        with log.path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(log.start, size - TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        return [f"log cannot be read: {error.strerror}"]
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return [line for line in lines if line.strip()][-num_lines:]
 

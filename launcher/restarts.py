@@ -50,8 +50,8 @@ def keep_running(
 ) -> int:
     """Call `start(0)`, `start(1)`, ... until one ends that another would not mend; returns the exit code.
 
-    `published` tells the checkpoints there are; without it only the budget ends the restarts. To be called with
-    signals held (supervise.signals_held): one that comes between two starts ends the run, too.
+    `published` tells the checkpoints there are; without it only the budget ends the restarts. To be called
+    with signals held (supervise.prepared): one that comes between two starts ends the run, too.
     """
     known = published() if published else frozenset()
     num_fruitless = 0

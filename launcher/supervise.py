@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,12 +61,21 @@ class Ended:
     name: str
     code: int
     words: str
-    quote: Quote | None = None  # None: it wrote to the terminal
+    quote: Quote | None = None  # None: it wrote to the terminal, or nobody has asked for its last words
+    log: Log | None = None  # where they are, of a child
     was_asked: bool = False  # killed by the very signal that was passed on to it
 
     @property
     def is_failure(self) -> bool:
         return self.code not in (0, EXIT_REQUEUE)
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What this process has changed for itself, as it was before: so the children get it."""
+
+    mask: frozenset[signal.Signals]
+    open_files: tuple[int, int]  # limits, soft and hard
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,13 @@ def supervise(
     *,
     log_dir: Path,
     grace_s: float,
-    mask: Collection[signal.Signals],
+    inherited: Inherited,
     lifeline: Lifeline | None = None,
 ) -> Ending:
     """Start every command and stay until all have ended; `grace_s` is what the others get once one has.
 
-    To be called with signals held; `mask`, what was blocked before, is what the children get. With a `lifeline` the
-    ranks are not the commands but what they start, here or on other hosts. It is closed in the end.
+    To be called `prepared`, with what that yields. With a `lifeline` the ranks are not the commands but what they
+    start, here or on other hosts. It is closed in the end.
     """
     adopt_orphans()
     strangers = descendants(os.getpid())  # of whoever called us
@@ -103,7 +113,7 @@ def supervise(
     launch = _Launch(lifeline)
     try:
         for command in commands:
-            child = _start(command, log_dir, mask)
+            child = _start(command, log_dir, inherited)
             launch.add(child)
             guard.watch(child.process.pid)
         ending = _watch(launch, grace_s)
@@ -221,7 +231,7 @@ class _Launch:
             return Ended(report.name, EXIT_CLUSTER, report.reason)
         code = report.returncode if report.returncode >= 0 else 128 - report.returncode
         asked = -report.returncode in self._passed_on
-        return Ended(report.name, code, in_words(report.returncode), report.quote, asked)
+        return Ended(report.name, code, in_words(report.returncode), report.quote, was_asked=asked)
 
     def _left_ranks(self, child: Child, returncode: int) -> Ended:
         ended = self._ended(child, returncode)
@@ -232,8 +242,8 @@ class _Launch:
 
     def _ended(self, child: Child, returncode: int) -> Ended:
         code = returncode if returncode >= 0 else 128 - returncode
-        quote = None if child.log is None else Quote(str(child.log.path), tuple(tail(child.log)))
-        return Ended(child.command.name, code, in_words(returncode), quote, -returncode in self._passed_on)
+        asked = -returncode in self._passed_on
+        return Ended(child.command.name, code, in_words(returncode), log=child.log, was_asked=asked)
 
 
 def in_words(returncode: int) -> str:
@@ -250,6 +260,8 @@ def in_words(returncode: int) -> str:
 
 def _watch(launch: _Launch, grace_s: float) -> Ending:
     failure = _until_one_fails(launch, grace_s)
+    if failure is not None and failure.log is not None and failure.code != EXIT_REQUEUE:
+        failure = replace(failure, quote=Quote(str(failure.log.path), tuple(tail(failure.log))))
     if failure is not None and launch.is_running:
         say(f"{failure.name}: {failure.words}; ending the ranks that still run")
         _end_others(launch, grace_s)
@@ -286,7 +298,7 @@ def _left_early(launch: _Launch, grace_s: float) -> Ended:
     words = f"{first.words}, and {grace_s:g} s later there still ran: {others}"
     # 75 says that all ranks had agreed on a published checkpoint: what hangs after that costs nothing.
     stopped = any(ended.code == EXIT_REQUEUE for ended in launch.ended)
-    return Ended(first.name, EXIT_REQUEUE if stopped else EXIT_STUCK, words, first.quote)
+    return replace(first, code=EXIT_REQUEUE if stopped else EXIT_STUCK, words=words)
 
 
 def _end_others(launch: _Launch, grace_s: float) -> None:
@@ -331,28 +343,36 @@ def _until_empty(launch: _Launch, timeout_s: float) -> None:
 
 
 @contextmanager
-def signals_held() -> Iterator[set[signal.Signals]]:
-    """Hold back the signals we wait for, so that none is lost between two looks or two starts; yields the mask before.
+def prepared() -> Iterator[Inherited]:
+    """Hold back the signals we wait for, so that none is lost between two looks or two starts, and allow this process
+    as many open files as it may have, one for each keeper; yields what was before.
 
-    What is still held at the end is dropped: the launch is over.
+    Signals still held at the end are dropped: the launch is over.
     """
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # a hard limit above that of the system: then with what there is
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files[1], open_files[1]))
     # nohup, and `&` in a script, start us with a signal ignored; that wish is kept, here and in the ranks.
     heeded = {s for s in PASSED_ON if signal.getsignal(s) != signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heeded | {signal.SIGCHLD})
     try:
-        yield {signal.Signals(s) for s in before}
+        yield Inherited(frozenset(map(signal.Signals, before)), open_files)
     finally:
         while signal.sigtimedwait([*PASSED_ON, signal.SIGCHLD], 0) is not None:
             pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
 
 
-def _start(command: Command, log_dir: Path, mask: Collection[signal.Signals]) -> Child:
+def _start(command: Command, log_dir: Path, inherited: Inherited) -> Child:
     """Start one command as leader of a new session, so that a Ctrl-C reaches it through us alone, once."""
     log = None
     output: IO[bytes] | None = None
     if not command.to_terminal:
-        log, output = open_log(log_dir, command.name)
+        try:
+            log, output = open_log(log_dir, command.name)
+        except OSError as error:
+            raise LaunchError(f"--log-dir {log_dir}: {error.strerror}", exit_code=EXIT_CLUSTER) from error
     try:
         process = subprocess.Popen(
             command.argv,
@@ -361,7 +381,7 @@ def _start(command: Command, log_dir: Path, mask: Collection[signal.Signals]) ->
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
-            preexec_fn=_before_exec(os.getpid(), mask),
+            preexec_fn=_before_exec(os.getpid(), inherited),
         )
     except OSError as error:
         raise LaunchError(f"cannot start {command.argv[0]}: {error.strerror}", exit_code=EXIT_CLUSTER) from error
@@ -371,9 +391,11 @@ def _start(command: Command, log_dir: Path, mask: Collection[signal.Signals]) ->
     return Child(command, process, log)
 
 
-def _before_exec(launcher: int, mask: Collection[signal.Signals]) -> Callable[[], None]:
+def _before_exec(launcher: int, inherited: Inherited) -> Callable[[], None]:
     def prepare() -> None:
         die_with_parent(launcher)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        # Programs that close every descriptor there may be would be busy for minutes with a limit of 10**9.
+        resource.setrlimit(resource.RLIMIT_NOFILE, inherited.open_files)
+        signal.pthread_sigmask(signal.SIG_SETMASK, inherited.mask)
 
     return prepare

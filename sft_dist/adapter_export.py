@@ -68,6 +68,7 @@ def _write_merged(config: RunConfig, checkpoint: Checkpoint, folder: Path, dtype
         dtype=getattr(torch, dtype),
         output_loading_info=True,
         trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
@@ -92,6 +93,7 @@ def _base(config: RunConfig, checkpoint: Checkpoint) -> Any:
         config.model.path,
         dtype=dtype,
         trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=None if config.model.trust_remote_code else True,
         **({} if quantisation is None else {"quantization_config": quantisation}),
     )
     adapters.keep_layout(base)

@@ -170,9 +170,10 @@ def _config(options: argparse.Namespace) -> "RunConfig":
 
 
 def _language_model(options: argparse.Namespace) -> "RunConfig":
-    """A run file for verbs that know nothing of prediction heads."""
+    """A run file for verbs that know nothing of prediction heads; some pass over one beside the language model's."""
     config = _config(options)
-    if config.head.kind != "none":
+    passes = config.head.is_beside and options.verb in ("inspect", "score", "evaluate")
+    if config.head.kind != "none" and not passes:
         from sft_dist.errors import UsageError
 
         raise UsageError(

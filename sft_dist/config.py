@@ -114,7 +114,9 @@ class AdapterConfig(Section):
         return self
 
 
-RecordFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens", "labelled"]
+RecordFormat = Literal[
+    "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens", "labelled", "labelled_chat"
+]
 
 
 class SourceConfig(Section):
@@ -186,6 +188,11 @@ class HeadConfig(Section):
     kind: Literal["none", "single_label", "multi_label", "regression"] = "none"
     """A prediction head in the place of the language model's: one of several labels, any of several labels, or numbers;
     none: language modelling. Records are then texts, pairs of texts or messages with a `label`."""
+    language_model_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Above 0 the head stands beside the language model's: conversations with a `label`, answers or both are trained in
+    the same steps, and this is the factor of the language model's loss; 0: in its place."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the head's own loss, with language_model_weight above 0."""
     labels: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ()
     """Names of the head's outputs in the order of their ids; empty: those of the training data, sorted."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -204,12 +211,26 @@ class HeadConfig(Section):
             raise ValueError("kind: none has no labels, learning_rate or freeze_backbone; set kind to single_label ...")
         if self.kind == "single_label" and len(self.labels) == 1:
             raise ValueError("labels: a choice needs at least two")
+        if self.kind == "none" and self.language_model_weight:
+            raise ValueError("language_model_weight: kind: none has no head beside; set kind to single_label ...")
+        if self.weight != 1 and not self.language_model_weight:
+            raise ValueError("weight: alone in a loss it changes nothing; it is for language_model_weight above 0")
+        if self.is_beside and self.freeze_backbone:
+            raise ValueError(
+                "freeze_backbone: the language model that is to be trained beside (language_model_weight) would stay "
+                "as it is; leave one of the two out, or freeze parts of it with model.freeze"
+            )
         return self
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether the language model keeps its own head."""
+        return self.kind != "none" and self.language_model_weight > 0
 
     @property
     def is_in_place(self) -> bool:
         """Whether there is no language model's head."""
-        return self.kind != "none"
+        return self.kind != "none" and not self.is_beside
 
 
 class BatchConfig(Section):
@@ -249,7 +270,11 @@ class AnchorConfig(Section):
     """Decoupled weight decay of all trained parameters toward θ̂, the weights at step 0 (L2-SP); 0: none."""
     kl: Annotated[float, Field(ge=0)] = 0.0
     """Coefficient of KL(p_θ̂ ‖ p_θ) over the whole vocabulary, added to each target's loss; 0: none. It takes a frozen
-    copy of the model, sharded over the ranks, and one more forward."""
+    copy of the model, sharded over the ranks, and one more forward; or kl_top_k."""
+    kl_top_k: Annotated[int, Field(ge=1)] | None = None
+    """Instead of the frozen copy, keep what θ̂ says: before the first step one forward over the training data writes its
+    k likeliest tokens at every target below data.cache_dir, 8 k + 4 bytes a target. All others count as one, so this KL
+    is a lower bound; it misses the mass that θ̂ has outside its k (its mean is said and recorded) times the KL there."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the copy of θ̂ that anchor.decay needs; auto: bfloat16 where that is exact, else float32."""
     device: Literal["host", "device"] = "host"
@@ -258,6 +283,11 @@ class AnchorConfig(Section):
     drift: Literal["evaluations", "end", "never"] = "evaluations"
     """When to measure how far θ is from θ̂, by layer and kind of weight: after each evaluation, or at the end alone.
     Without anchor.decay θ̂ is read from its files each time, each rank its own part."""
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether a frozen copy of the model answers to every batch."""
+        return self.kl > 0 and self.kl_top_k is None
 
 
 class ScheduleConfig(Section):
@@ -289,7 +319,8 @@ class CheckpointConfig(Section):
     stop_at_step: Annotated[int, Field(ge=1)] | None = None
     """Checkpoint and leave with code 75 after this step; the schedule is not changed by it."""
     stop_before_end_s: Annotated[float, Field(ge=0)] = 120.0
-    """Seconds before a Slurm job's time limit, beside twice the longest step, at which to save and leave with 75."""
+    """Save and leave with 75 when a Slurm job's time limit is nearer than this many seconds, one more step and a save
+    together: the step as the longest so far, the save as the longest beside the steps and no less than that step."""
     allow_changed: tuple[str, ...] = ()
     """Fixed keys (config --explain) that may differ from the resumed checkpoint's run file all the same."""
 
@@ -400,6 +431,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _top_k_of_a_divergence(self) -> "RunConfig":
+        if self.anchor.kl_top_k is not None and not self.anchor.kl:
+            raise ValueError("anchor.kl_top_k: nothing is compared while anchor.kl is 0; set that, or leave this out")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_leave_the_rest(self) -> "RunConfig":
         if self.adapter.kind != "none":
             for key, value in (("anchor.decay", self.anchor.decay), ("model.freeze", self.model.freeze)):
@@ -413,7 +450,7 @@ class RunConfig(Section):
     def _labels_are_for_a_head(self) -> "RunConfig":
         for key in ("train", "heldout", "retention"):
             sources = getattr(self.data, key)
-            if self.head.kind == "none" and any(source.format == "labelled" for source in sources):
+            if self.head.kind == "none" and any(s.format.startswith("labelled") for s in sources):
                 raise ValueError(
                     f"data.{key}: format: labelled: a language model (head.kind: none) would learn the texts and not "
                     "their labels; set head.kind, or another format"
@@ -428,6 +465,13 @@ class RunConfig(Section):
             raise ValueError(
                 "data.overflow: truncate_turns cuts texts that have one label (head.kind); use drop or error"
             )
+        if self.head.is_beside:
+            if self.adapter.kind != "none":
+                raise ValueError(
+                    "adapter.kind: not known with a head beside the language model's (head.language_model_weight); "
+                    "leave it out"
+                )
+            return self
         for key in ("label_smoothing", "z_loss", "neftune_alpha"):
             if getattr(self.objective, key):
                 raise ValueError(f"objective.{key}: not known with a head (head.kind: {self.head.kind}); leave it out")
@@ -437,6 +481,7 @@ class RunConfig(Section):
             ("adapter.kind", self.adapter.kind != "none"),
             ("data.retention", self.data.retention),
             ("anchor.decay", self.anchor.decay),
+            ("anchor.kl_top_k", self.anchor.kl_top_k),
             ("anchor.kl", self.anchor.kl),
         ):
             if is_asked:

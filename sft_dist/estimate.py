@@ -15,6 +15,7 @@ from sft_dist.data.plan import Plan
 from sft_dist.data.prepare import is_prepared
 from sft_dist.data.progress import duration
 from sft_dist.data.selection import Selection
+from sft_dist.data.top_logprobs import bytes_per_target
 from sft_dist.errors import ConfigError, ExitCode
 from sft_dist.preparation import training_cost, training_set
 
@@ -186,7 +187,7 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         reduces_once=reduces_once,
         reserves_buckets=hardware.is_gpu,
         anchor_bytes=0 if on_host else anchor_bytes,
-        compares=config.anchor.kl > 0,
+        compares=config.anchor.needs_copy,
     )
     return Estimate(
         hardware,
@@ -196,15 +197,15 @@ def estimate(config: RunConfig, hardware: Hardware, data: tuple[Selection, Plan]
         needed,
         config.model.gradient_checkpointing,
         None if load is None else _floor(config, hardware, sizes, load, dtype.itemsize),
-        _STATE_BYTES * sizes.num_trained if config.adapter.kind != "none" else _on_disk(sizes, dtype.itemsize),
+        _on_disk(config, sizes.num_parameters, sizes.num_trained, dtype.itemsize),
         anchor_bytes * sizes.num_trained // hardware.num_devices if on_host else 0,
     )
 
 
 def _anchor_bytes(config: RunConfig, element_bytes: int, stored_dtype: str) -> int:
     """Of a parameter in the copy of θ̂ that anchor.decay needs."""
-    if not config.anchor.decay or config.anchor.kl:
-        return 0  # with anchor.kl the frozen model is the copy
+    if not config.anchor.decay or config.anchor.needs_copy:
+        return 0  # the frozen model is the copy
     match config.anchor.dtype:
         case "float32":
             return 4
@@ -218,17 +219,26 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """On disk, from config.json alone. Raises ConfigError for models that cannot be read."""
     import torch
 
-    from sft_dist.model import groups, loading, memory
+    from sft_dist.model import adapters, groups, loading, memory
 
     model_config = loading.load_config(config.model, config.data.max_length)
-    code = config.model.trust_remote_code
-    causal_lm = memory.model_without_weights(model_config, torch.bfloat16, trust_remote_code=code)
-    groups.freeze(causal_lm, config.model.freeze)
-    return _on_disk(memory.sizes_of(causal_lm), torch.bfloat16.itemsize)
+    dtype, code = torch.bfloat16, config.model.trust_remote_code
+    if not config.head.is_in_place:
+        model = memory.model_without_weights(model_config, dtype, trust_remote_code=code)
+        groups.freeze(model, config.model.freeze)
+        with torch.device("meta"):
+            adapters.inject(model, config.adapter, seed=config.seed)
+    else:
+        num_outputs = len(config.head.labels) or 2  # those of the data are few beside the backbone
+        model = memory.classifier_without_weights(model_config, dtype, num_outputs=num_outputs, trust_remote_code=code)
+        model.base_model.requires_grad_(not config.head.freeze_backbone)
+    return _on_disk(config, *memory.numel(model), dtype.itemsize)
 
 
-def _on_disk(sizes: "Sizes", element_bytes: int) -> int:
-    return _STATE_BYTES * sizes.num_trained + element_bytes * (sizes.num_parameters - sizes.num_trained)
+def _on_disk(config: RunConfig, num_parameters: int, num_trained: int, element_bytes: int) -> int:
+    """Of a checkpoint; the base of adapters is in none."""
+    base = num_parameters - num_trained if config.adapter.kind == "none" else 0
+    return _STATE_BYTES * num_trained + element_bytes * base
 
 
 def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None:
@@ -240,7 +250,7 @@ def _load(config: RunConfig, data: tuple[Selection, Plan] | None) -> Load | None
 
     def on_hardware(lengths: Any, num_targets: int) -> float:
         """With what is recomputed, and with a forward of the frozen model, a third of forward and backward."""
-        frozen = cost.flops(lengths, num_targets) / 3 if config.anchor.kl else 0.0
+        frozen = cost.flops(lengths, num_targets) / 3 if config.anchor.needs_copy else 0.0
         return again.flops(lengths, num_targets) + frozen
 
     row = config.data.max_length
@@ -287,7 +297,7 @@ def _floor(config: RunConfig, hardware: Hardware, sizes: "Sizes", load: Load, el
     forwards = _forwards(config, ranks)
     idle = forwards * ranks * config.batch.packs_per_micro_batch / packs
     compute_s = load.hardware_flops * idle / (hardware.flops_per_s * ranks)
-    elements = (3 if config.anchor.kl else 2) * sizes.num_parameters + sizes.num_trained
+    elements = (3 if config.anchor.needs_copy else 2) * sizes.num_parameters + sizes.num_trained
     moved = forwards * elements * element_bytes * (ranks - 1) / ranks
     if not moved:
         return Floor(compute_s, 0.0)
@@ -316,6 +326,10 @@ def _lines(
     keep = config.checkpoint.keep + (1 if config.checkpoint.keep_best and config.data.heldout else 0)
     size = result.checkpoint_bytes / GIB
     yield f"disk       {size:,.2f} GiB a checkpoint, {size * (keep + 1):,.2f} GiB for {keep} kept and one being written"
+    if config.anchor.kl_top_k is not None:
+        per_target = bytes_per_target(config.anchor.kl_top_k)
+        whole = "" if data is None else f", {int(data[0].num_targets.sum()) * per_target / GIB:,.2f} GiB of all"
+        yield f"           {per_target:,} bytes a target in data.cache_dir for anchor.kl_top_k{whole}; made once"
     yield from _time_lines(config, result, measured)
 
 
@@ -326,8 +340,10 @@ def _describe(config: RunConfig, result: Estimate, data: tuple[Selection, Plan] 
         f"{sizes.num_parameters * result.element_bytes / GIB:,.2f} GiB at {result.element_bytes} bytes each"
     )
     if sizes.num_trained < sizes.num_parameters:
+        what = f"{config.adapter.kind} of rank {config.adapter.rank}"
         yield (
-            f"adapters   {config.adapter.kind} of rank {config.adapter.rank}: {sizes.num_trained:,} parameters are "
+            f"{'frozen  ' if config.adapter.kind == 'none' else 'adapters'}   "
+            f"{'by model.freeze' if config.adapter.kind == 'none' else what}: {sizes.num_trained:,} parameters are "
             f"trained ({sizes.num_trained / sizes.num_parameters:.2%})"
         )
     if data is None:

@@ -20,7 +20,7 @@ from sft_dist.errors import ConfigError, ExitCode, StorageError, UsageError
 from sft_dist.export import check_pretrained
 from sft_dist.model import engine as engines
 from sft_dist.model import probe
-from sft_dist.preparation import heldout_set, policy, retention_set, share_of
+from sft_dist.preparation import heldout_set, policy, retention_set, share_of, with_labels
 from sft_dist.score.output import check_writable
 from sft_dist.session import close_session, open_session, print_from_main
 from sft_dist.train import checkpoint as checkpoints
@@ -66,9 +66,9 @@ def run(
     contract.check_language_model(saved, config.run_dir)
     # Of a run's file, what its weights are weights of.
     own = {name: getattr(saved, name) for name in ("model", "adapter", "head", "seed")}
-    config = config.model_copy(update=own)
     place = output or run_dir / OUTPUT
     share = share_of(world, env)
+    config = with_labels(config.model_copy(update=own), share)
     heldout, retention = heldout_set(config, share), retention_set(config, share)
     if heldout is None and retention is None:
         raise ConfigError("data.heldout and data.retention are both empty: nothing to evaluate on")
@@ -162,7 +162,8 @@ def _before(
         values = Retention(retention).comparable(found.state.retention)
         known = {_column(value.name): value.before for value in values if value.before is not None}
     nll = found.state.heldout_nll_before
-    if heldout is not None and nll is not None:
+    # Beside a head it is the NLL and the loss of labels together.
+    if heldout is not None and nll is not None and not saved.head.is_beside:
         is_same = found.manifest["heldout"] == contract.samples_digest(heldout.dataset)
         if is_same and policy(config, config.data.heldout) == policy(saved, saved.data.heldout):
             known[TASK] = nll

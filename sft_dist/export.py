@@ -41,6 +41,7 @@ def run(
     from sft_dist.model.loading import load_config
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # each class passes over the other's head; what it misses is looked at below
     set_environment()
     config = rundir.saved_config(run_dir)
     checkpoint = find(run_dir, which)
@@ -73,7 +74,8 @@ def run(
         raise StorageError(f"--output: {output}: cannot be written: {error}") from error
     is_tuned = coefficient == 1.0
     place = "" if is_tuned else f", {coefficient:g} of the way from the pre-trained weights,"
-    compared = "log-probs" if config.head.kind == "none" else "logits"
+    compared = "logits" if config.head.is_in_place else "log-probs"
+    compared += " and logits" if config.head.is_beside else ""
     print(
         f"exported step {checkpoint.step:,}{place} ({num_bytes / 2**20:,.0f} MiB, {chosen}) to {output}: names, "
         f"shapes, values and ties verified; probe {compared} {'' if is_tuned else 'at coefficient 1 '}equal the "
@@ -149,9 +151,9 @@ def _write_companions(run: RunConfig, checkpoint: Checkpoint, folder: Path, dtyp
     tokenizer.save_pretrained(folder)
     if run.head.kind != "none":
         configuration(run, config).architectures = checkpoint.manifest["architectures"]
-        config.save_pretrained(folder)
-        return chosen
     config.save_pretrained(folder)
+    if run.head.is_in_place:
+        return chosen
     try:
         generation = GenerationConfig.from_pretrained(model.path)
     except OSError:
@@ -206,48 +208,74 @@ def _verify(
     run: RunConfig, checkpoint: Checkpoint, values: Values, folder: Path, dtype: str, coefficient: float
 ) -> float:
     """Load as a user would and compare; returns the largest difference of a probe token's log-prob, or logit."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from sft_dist.model.probe import plain_logits, plain_logprobs
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
+    if tokenizer.get_vocab() != load_tokenizer(run.model).get_vocab():
+        raise StorageError("export: the tokenizer does not have the run's vocabulary after loading")
+    uses: list[tuple[Any, Any, str]] = [(AutoModelForCausalLM, plain_logprobs, "logprobs")]
+    if run.head.is_in_place:
+        uses = [(AutoModelForSequenceClassification, plain_logits, "logprobs")]
+    if run.head.is_beside:
+        uses.append((AutoModelForSequenceClassification, plain_logits, "logits"))
+    return max(_verify_as(run, checkpoint, values, folder, dtype, coefficient, *use) for use in uses)
+
+
+def _verify_as(
+    run: RunConfig,
+    checkpoint: Checkpoint,
+    values: Values,
+    folder: Path,
+    dtype: str,
+    coefficient: float,
+    loader: Any,
+    plain: Callable[[Any, list[int]], list[float]],
+    recorded_as: str,
+) -> float:
+    """The same with one class of transformers; `recorded_as`: what the probe is to answer, in the manifest."""
+    import torch
 
     from sft_dist.model import zero
     from sft_dist.model.engine import stored_parameters
-    from sft_dist.model.probe import ROUNDING, plain_logits, plain_logprobs
+    from sft_dist.model.probe import ROUNDING
 
-    source, has_head = run.model, run.head.kind != "none"
-    plain = plain_logits if has_head else plain_logprobs
-    loader: Any = AutoModelForSequenceClassification if has_head else AutoModelForCausalLM
     model, report = loader.from_pretrained(
-        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=source.trust_remote_code
+        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=run.model.trust_remote_code
     )
+    loaded = dict(model.named_parameters())
+    # Of two heads in one folder each class reads its own.
+    unread = {name for name, _ in values() if name not in loaded} if run.head.is_beside else set()
+    lost = {name for name in unread if name.startswith(f"{model.base_model_prefix}.")}
+    report["unexpected_keys"] = lost | set(report["unexpected_keys"]) - unread
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             raise StorageError(f"export: transformers reports {kind}: {sorted(map(str, report[kind]))[:5]}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    if tokenizer.get_vocab() != load_tokenizer(source).get_vocab():
-        raise StorageError("export: the tokenizer does not have the run's vocabulary after loading")
-    loaded = dict(model.named_parameters())
     for name, value in values():
-        if not torch.equal(loaded[name], value.to(loaded[name].dtype)):
+        if name not in unread and not torch.equal(loaded[name], value.to(loaded[name].dtype)):
             raise StorageError(f"export: {name} does not have the values it was written with after loading")
-    tied = has_head or model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings() if recorded_as == "logprobs" and not run.head.is_in_place else None
+    tied = head is None or head.weight is model.get_input_embeddings().weight
     if model.config.get_text_config().tie_word_embeddings and not tied:
         raise StorageError("export: the output embedding is no longer tied to the input embedding")
     recorded = checkpoint.manifest["probe"]
 
     def difference() -> float:
         now = [value for ids in recorded["samples"] for value in plain(model, ids)]
-        return max(abs(a - b) for a, b in zip(now, recorded["logprobs"], strict=True))
+        return max(abs(a - b) for a, b in zip(now, recorded[recorded_as], strict=True))
 
     model.eval().float()
     as_exported = difference()
     trained_in = getattr(torch, checkpoint.manifest["dtype"])
     # The sharded model computed with weights in the precision of training: against those the bound is tight.
-    zero.assign(model, ((name, value.to(trained_in)) for name, value in stored_parameters(checkpoint.folder)))
+    stored = ((name, value) for name, value in stored_parameters(checkpoint.folder) if name not in unread)
+    zero.assign(model, ((name, value.to(trained_in)) for name, value in stored))
     as_trained = difference()
     if not as_trained <= ROUNDING[trained_in]:
         raise StorageError(
-            f"export: the probe's log-probs differ from the sharded model's by {as_trained:.3g} "
-            f"(allowed {ROUNDING[trained_in]:.3g})"
+            f"export: the probe's {'logits' if recorded_as == 'logits' else 'log-probs'} differ from the sharded "
+            f"model's by {as_trained:.3g} (allowed {ROUNDING[trained_in]:.3g})"
         )
     if coefficient == 1.0 and getattr(torch, dtype) != trained_in:
         print(

@@ -57,7 +57,7 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
     import torch
     from transformers.utils import logging
 
-    from sft_dist.model import adapters, attention, loading, zero
+    from sft_dist.model import adapters, attention, beside, loading, zero
     from sft_dist.model.engine import compute_dtype, set_environment, stored_parameters
 
     logging.disable_progress_bar()
@@ -90,7 +90,7 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
     stop_ids = [tokenizer.eos_token_id]
     if found is not None:
         base = adapters.inject(causal_lm, adapter, seed=seed or 0)
-        zero.assign(causal_lm, stored_parameters(found.folder), but=base)
+        zero.assign(causal_lm, beside.without_head(stored_parameters(found.folder)), but=base)
         stop_ids += found.manifest["stop_ids"]
     known = causal_lm.generation_config.eos_token_id
     stop_ids += [] if known is None else [known] if isinstance(known, int) else list(known)

@@ -10,13 +10,14 @@ from sft_dist.data.renderer import load_renderer
 from sft_dist.data.sample import Sample
 from sft_dist.data.selection import Example, Selection
 from sft_dist.errors import ConfigError, DataError, ExitCode
-from sft_dist.preparation import describe, policy
+from sft_dist.preparation import describe, policy, with_labels
 
 _GREEN, _GREY, _RESET = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
 
 
 def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO = sys.stdout) -> ExitCode:
     """Print `num` conversations (or the one named) with target tokens marked, then counts, lengths and pack fill."""
+    config = with_labels(config)
     sources = config.data.train or config.data.heldout
     if not sources:
         raise ConfigError("data.train and data.heldout are both empty: nothing to inspect")
@@ -27,8 +28,10 @@ def run(config: RunConfig, *, conversation_id: str | None, num: int, out: TextIO
     for example in _chosen(selection, conversation_id, num):
         sample, turns = example.sample, example.turns
         trained = int((turns >= 0).sum())
+        label = f", label {sample.label}" if example.label_weight else ""
         print(
-            f"── {sample.conversation_id} ({sample.source}): {len(sample.ids):,} tokens, {trained:,} trained", file=out
+            f"── {sample.conversation_id} ({sample.source}): {len(sample.ids):,} tokens, {trained:,} trained{label}",
+            file=out,
         )
         print(_marked(backend, sample, turns >= 0, marks, grey=out.isatty()), file=out)
         for span in sample.spans:

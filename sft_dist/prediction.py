@@ -17,6 +17,7 @@ from sft_dist.config import RunConfig, SourceConfig, load_config
 from sft_dist.data.labels import LabelSet
 from sft_dist.data.manifest import summarise
 from sft_dist.data.prepare import prepare
+from sft_dist.data.sample import Sample
 from sft_dist.data.selection import Policy, Selection
 from sft_dist.data.store import REFUSED
 from sft_dist.distributed.world import World, find_world
@@ -42,10 +43,11 @@ def run(source: Path, file: Path, output: Path, env: Mapping[str, str], *, which
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: {output}: not a file in a folder that exists")
     labels = LabelSet(config.head.kind, config.head.labels, is_read=False)
-    records = SourceConfig(path=str(file), format="labelled")
+    is_beside = config.head.is_beside
+    records = SourceConfig(path=str(file), format="labelled_chat" if is_beside else "labelled")
     data = config.data.model_copy(update={"on_bad_record": "refuse", "max_refused": 1.0})
     dataset = prepare((records,), config.model, data, share_of(world, env), may_be_empty=True)
-    selection = Selection(dataset, Policy(config.data.max_length, labels=labels))
+    selection = Selection(dataset, Policy(config.data.max_length, labels=labels, is_beside=is_beside))
     with open_session(world, config.watchdog) as watchdog:
         watchdog.enter("predicting")
         logits = _logits(config, world, selection, run_dir, which)
@@ -84,14 +86,22 @@ def _lines(selection: Selection, labels: LabelSet, logits: Any) -> Iterator[dict
     from sft_dist.train.classification import probabilities
 
     dataset = selection.dataset
+    is_beside = selection.policy.is_beside
+    without: list[Sample] = []  # texts, and all but the last samples of conversations, which have answers of their own
     answers: dict[int, dict[str, Any]] = {}  # by the record's place in the file
     for number, shares in enumerate(probabilities(labels.kind, logits)):
         sample = selection[number].sample
         answers[sample.index] = {"id": sample.conversation_id} | _answer(labels, shares.tolist())
     for left in selection.left_out.listed():
         sample = dataset[left.sample]
+        if is_beside and not sample.label:
+            without.append(sample)
+            continue
         detail = f"{len(sample.ids):,} tokens, data.max_length is {selection.policy.max_length:,}"
         answers[sample.index] = {"id": sample.conversation_id, "refused": left.reason, "detail": detail}
+    for sample in without:
+        told = {"refused": "no conversation", "detail": "the head beside the language model's answers to `messages`"}
+        answers.setdefault(sample.index, {"id": sample.conversation_id} | told)
     with open(dataset.folder / REFUSED, encoding="utf-8") as file:
         refused = map(json.loads, file)  # in the order of the file, as all its records are numbered
         for index in range(dataset.manifest["num_records"]):

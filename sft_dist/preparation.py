@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
-from sft_dist.config import ModelConfig, RunConfig, SourceConfig
+from sft_dist.config import ModelConfig, RecordFormat, RunConfig, SourceConfig
 from sft_dist.data import formats, labels
 from sft_dist.data.cost import BY_TOKENS, CostModel, cost_of_model
 from sft_dist.data.labels import LabelSet
@@ -71,6 +71,7 @@ def policy(config: RunConfig, sources: Sequence[SourceConfig]) -> Policy:
         source_weights={formats.source_name(source): source.weight for source in sources},
         repeats={formats.source_name(source): source.repeat for source in sources},
         labels=label_set(config),
+        is_beside=config.head.is_beside,
     )
 
 
@@ -82,8 +83,9 @@ def with_labels(config: RunConfig, share: Share = ALONE) -> RunConfig:
     kind = config.head.kind
     if kind == "none":
         return config
+    named: RecordFormat = "labelled_chat" if config.head.is_beside else "labelled"
     data = config.data.model_copy(
-        update={"train": _labelled(config.data.train), "heldout": _labelled(config.data.heldout)}
+        update={"train": _labelled(config.data.train, named), "heldout": _labelled(config.data.heldout, named)}
     )
     config = config.model_copy(update={"data": data})
     if config.head.labels or not data.train:
@@ -100,9 +102,9 @@ def with_labels(config: RunConfig, share: Share = ALONE) -> RunConfig:
     return config.model_copy(update={"head": config.head.model_copy(update={"labels": names})})
 
 
-def _labelled(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
+def _labelled(sources: Sequence[SourceConfig], named: RecordFormat) -> tuple[SourceConfig, ...]:
     return tuple(
-        source.model_copy(update={"format": "labelled"}) if source.format == "auto" else source for source in sources
+        source.model_copy(update={"format": named}) if source.format == "auto" else source for source in sources
     )
 
 
@@ -120,8 +122,10 @@ def training_set(config: RunConfig, share: Share = ALONE) -> tuple[Selection, Pl
     _refuse_overflow(selection, config)
     _check_labels(selection, config, "data.train", sources)
     _say_missing_labels(selection, config, is_main=share.rank == 0)
+    if config.head.is_beside:
+        _say_who_trains_what(selection, is_main=share.rank == 0)
     cost = training_cost(config, is_main=share.rank == 0)
-    if config.head.kind != "none":
+    if config.head.is_in_place:
         cost = replace(cost, head_per_target=0.0)  # a few outputs, not the vocabulary
     try:
         plan = _plan(selection, config, config.schedule.epochs, cost)
@@ -161,7 +165,7 @@ def _check_labels(selection: Selection, config: RunConfig, name: str, sources: S
     if selection.labels is None:
         return
     faulty = np.flatnonzero(selection.labels.is_faulty)
-    num = len(selection.labels.codes)
+    num = int(selection.labels.is_there.sum())
     if not len(faulty) or (config.data.on_bad_record == "refuse" and len(faulty) <= config.data.max_refused * num):
         return
     reasons = Counter(selection.labels.fault(int(sample)).reason for sample in faulty)
@@ -184,7 +188,7 @@ def _say_missing_labels(selection: Selection, config: RunConfig, *, is_main: boo
     """Say which outputs of a classifier no training record has: nothing can be learned of them."""
     if selection.labels is None or config.head.kind == "regression" or not is_main:
         return
-    targets = selection.labels.table.targets[selection.labels.codes[selection.samples]]  # [n, width]
+    targets = selection.label_targets  # [m, width]
     if config.head.kind == "single_label":
         counts = np.bincount(targets[:, 0].astype(np.int64), minlength=len(config.head.labels))
     else:
@@ -192,6 +196,23 @@ def _say_missing_labels(selection: Selection, config: RunConfig, *, is_main: boo
     if missing := [name for name, count in zip(config.head.labels, counts, strict=True) if not count]:
         named = ", ".join(missing[:_NAMED]) + (" ..." if len(missing) > _NAMED else "")
         say(f"warning: {len(missing):,} of {len(counts):,} labels have no training example: {named}")
+
+
+def _say_who_trains_what(selection: Selection, *, is_main: bool) -> None:
+    """How many conversations have labels, answers or both. Raises DataError where none has a label."""
+    has_label = selection.label_mass > 0
+    if not has_label.any():
+        raise DataError(
+            "data.train: no conversation that takes part has a `label` (head.language_model_weight); give them labels, "
+            "or take the section head out"
+        )
+    answered, labelled = (set(selection.indices[chosen].tolist()) for chosen in (selection.num_targets > 0, has_label))
+    if is_main:
+        say(
+            f"data.train: {len(answered & labelled):,} conversations train the language model and the head; "
+            f"{len(answered - labelled):,} without a label train the language model alone, "
+            f"{len(labelled - answered):,} without a target token the head alone"
+        )
 
 
 def _check_scorable(selection: Selection, config: RunConfig) -> None:
@@ -288,6 +309,7 @@ def _plan(selection: Selection, config: RunConfig, epochs: int, cost: CostModel)
         selection.lengths,
         selection.num_targets,
         mass=selection.mass,
+        label_mass=selection.label_mass,
         repeats=_repeats(selection)[selection.source_codes],
         conversations=selection.indices,
         cost_model=cost,
@@ -459,7 +481,8 @@ def _detail(left: LeftOut, length: int, selection: Selection) -> str:
         case "bad label" if selection.labels is not None:
             return str(selection.labels.fault(left.sample))
         case "no target":
-            return f"objective.train_on is {policy.train_on}; its marks and weights leave no token to train"
+            and_label = ", and it has no label" if policy.is_beside else ""
+            return f"objective.train_on is {policy.train_on}; its marks and weights leave no token to train{and_label}"
     raise AssertionError(left.reason)
 
 

@@ -66,9 +66,11 @@ def _write_failure(run_dir: Path, exit_code: int, reason: str, holder: "Process 
 
 
 def _train(config: RunConfig, world: World, share: Share, with_profile: bool) -> ExitCode:
-    from sft_dist.model import loading
+    from sft_dist.model import beside, loading
     from sft_dist.session import close_session, open_session
 
+    if config.head.is_beside:
+        beside.check_decoder(config, loading.load_config(config.model, max_length=2))
     # Before any process group exists, so that no collective waits for a tokeniser.
     config = with_labels(config, share)
     selection, plan = training_set(config, share)
@@ -126,8 +128,8 @@ def _with_group(
     from sft_dist.distributed import collectives, preflight
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
-    from sft_dist.train import checkpoint, contract, files, rundir
-    from sft_dist.train.drift import DriftMeter
+    from sft_dist.train import checkpoint, contract, files, rundir, start_answers
+    from sft_dist.train.drift import DriftMeter, start_to_measure
     from sft_dist.train.forgetting import Retention
     from sft_dist.train.loop import Run, plan_heldout
     from sft_dist.train.metrics import Metrics
@@ -154,16 +156,26 @@ def _with_group(
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
     lost = None if resumed is None else contract.start_lost(resumed.manifest, facts)
-    # Adapters are no part of θ̂, and nothing else moves; nor is a head, which replaces what the files hold.
-    is_plain = config.adapter.kind == config.head.kind == "none"
+    # Adapters are no part of θ̂, and nothing else moves; nor is a head that replaces what the files hold.
+    is_plain = config.adapter.kind == "none" and not config.head.is_in_place
     measures = config.anchor.drift != "never" and lost is None and is_plain
     # No checkpoint holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
-    needs_start = resumed is None or measures or config.anchor.decay > 0 or config.anchor.kl > 0
-    initial = initial_weights(config, say_once) if needs_start else None
+    needs_start = resumed is None or config.anchor.decay > 0 or config.anchor.kl > 0
+    initial = None
+    try:
+        initial = initial_weights(config, say_once) if needs_start or measures else None
+    except (ConfigError, StorageError) as error:
+        if needs_start:
+            raise
+        measures = False
+        say_once(f"warning: the drift is not measured: {error}")
     engine = engines.training_engine(config, world, initial)
-    pretrained = engine.pretrained(config, initial) if measures else None
+    pretrained = start_to_measure(engine, config, initial, say_once) if measures else None
     engine.on_forward(watchdog.move)
     watchdog.meet("the model is loaded")
+    if config.anchor.kl_top_k is not None:
+        watchdog.enter("keeping what θ̂ says")
+        selection = start_answers.kept(selection, plan, engine, config, facts, world, say_once)
     state = checkpoint.TrainState()
     kept = Retention(retention) if retention is not None else None
     if resumed is not None:
@@ -177,6 +189,8 @@ def _with_group(
     else:
         _say_advice(config, selection, plan, engine.num_parameters, say_once)
     metrics = Metrics(run_dir, config.logging, first_step=state.step, is_main=world.is_main)
+    if selection.top is not None:
+        metrics.record("kl_top_k", state.step, **selection.top.as_dict())
     drift = DriftMeter(engine, metrics, pretrained, at_evaluations=config.anchor.drift == "evaluations")
     planned = plan_heldout(heldout) if heldout is not None else None
     profile = Profile(run_dir / "profile", state.step) if with_profile and world.is_main else None

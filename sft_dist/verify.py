@@ -61,6 +61,8 @@ def run(config: RunConfig, env: Mapping[str, str], *, num: int) -> ExitCode:
     world = find_world(env)
     # Noise would differ between layouts on purpose.
     config = config.model_copy(update={"objective": config.objective.model_copy(update={"neftune_alpha": 0.0})})
+    if config.anchor.kl_top_k is not None:  # what it compares with is read from files: no layout changes it
+        config = config.model_copy(update={"anchor": config.anchor.model_copy(update={"kl": 0.0, "kl_top_k": None})})
     selection, _ = training_set(config, share_of(world, env))
     chosen = choose(selection, num)
 

@@ -19,6 +19,9 @@ export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions-$USER
 # export NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=INFO
 
+# The port at which ranks meet, where a firewall between nodes leaves no choice; by default each job has its own.
+# export MASTER_PORT=29400
+
 # A container instead of an environment on disk: an image, and folders of the host that it is to see.
 # export SFT_CONTAINER=apptainer:/shared/images/sft-dist.sif
 # export SFT_CONTAINER=pyxis:registry.example.org#sft-dist:1
@@ -28,3 +31,4 @@ export TORCH_EXTENSIONS_DIR=/tmp/torch_extensions-$USER
 # export SFT_MAX_RESTARTS=20
 # export SFT_MAX_FRUITLESS=3
 # export SFT_REQUEUE_CODES="1 70"
+# export SFT_SLURM_PATIENCE_S=60  # with a controller that does not answer

@@ -35,9 +35,10 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_key(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("key", ["train", "heldout", "retention"])
-def test_labelled_records_need_a_head(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("form", ["labelled", "labelled_chat"])
+def test_labelled_records_need_a_head(tmp_path: Path, key: str, form: str) -> None:
     """A language model would learn their texts and pass over the labels."""
-    data = f"data: {{{key}: [{{path: a.jsonl, format: labelled}}]}}\n"
+    data = f"data: {{{key}: [{{path: a.jsonl, format: {form}}}]}}\n"
     with pytest.raises(ConfigError, match=rf"data\.{key}: format: labelled: a language model \(head\.kind: none\)"):
         load_config(write(tmp_path, MINIMAL + data))
     if key != "retention":
@@ -216,3 +217,18 @@ def test_new_parameters_and_adapters_exclude_each_other(tmp_path: Path) -> None:
     text = "run_dir: x\nmodel: {path: m, allow_new_parameters: ['*']}\nadapter: {kind: lora}\n"
     with pytest.raises(ConfigError, match="allow_new_parameters: parameters that start at random would stay so"):
         load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("anchor: {kl_top_k: 8}", "anchor.kl_top_k: nothing is compared while anchor.kl is 0"),
+        ("anchor: {kl: 1, kl_top_k: 0}", "anchor.kl_top_k"),
+        ("anchor: {kl: 1, kl_top_k: 8}\nhead: {kind: regression}", "anchor.kl_top_k: not known with a head"),
+    ],
+)
+def test_what_is_kept_of_the_start_needs_something_to_be_compared(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL + text))
+    assert told in str(caught.value)
+    assert load_config(write(tmp_path, MINIMAL + "anchor: {kl: 1, kl_top_k: 8}")).anchor.kl_top_k == 8

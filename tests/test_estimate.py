@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    LlamaConfig,
+    T5Config,
+)
 
 from sft_dist import estimate
 from sft_dist.config import AdapterConfig, RunConfig, load_config
@@ -135,6 +142,11 @@ def test_frozen_weights_have_no_states_and_every_copy_of_the_start_is_counted(la
     assert plain.host_bytes == 0 and on_host.host_bytes == 2 * LLAMA_8B_PARAMETERS // 8
     assert parts(on_host) == parts(plain)
     assert parts(on_device) == parts(plain) | {"copy of θ̂": 4 * LLAMA_8B_PARAMETERS // 8}
+    kept, both = asked(kl=1.0, kl_top_k=64), asked(kl=1.0, kl_top_k=64, decay=1.0, device="device", dtype="float32")
+    assert parts(kept) == parts(plain) and kept.floor == plain.floor and kept.load == plain.load
+    assert parts(both) == parts(on_device), "the decay has no frozen model to look at"
+    assert compared.load is not None and plain.load is not None
+    assert compared.load.hardware_flops > plain.load.hardware_flops
     more = {name: size - parts(plain).get(name, 0) for name, size in parts(compared).items()}
     assert more["frozen model"] == 2 * LLAMA_8B_PARAMETERS // 8 and more["frozen model, gathered"] > 0
     assert more["head"] > 0 and not any(more[name] for name in ("weights", "master weights", "gradients"))
@@ -142,11 +154,31 @@ def test_frozen_weights_have_no_states_and_every_copy_of_the_start_is_counted(la
     assert compared.floor.compute_s == pytest.approx(plain.floor.compute_s * 10 / 8, rel=0.03)
 
 
+def test_what_is_frozen_is_called_so(large: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    frozen = large.model_copy(update={"model": large.model.model_copy(update={"freeze": ("*.layers.*",)})})
+    assert re.search(r"frozen +by model\.freeze: [0-9,]+ parameters are trained", printed(capsys, frozen))
+
+
+def test_a_checkpoint_of_a_prediction_head_is_counted_for_models_without_a_language_model(tmp_path: Path) -> None:
+    model = tmp_path / "encoder"
+    shape = {"vocab_size": 300, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "num_labels": 5}
+    config = DistilBertConfig(**shape)
+    config.save_pretrained(model)
+    build_tokenizer().save_pretrained(model)
+    head = {"kind": "single_label", "labels": list("abcde")}
+    whole = AutoModelForSequenceClassification.from_config(config)
+    assert estimate.checkpoint_bytes(run_file(tmp_path, model, head=head)) == 12 * whole.num_parameters()
+    frozen = whole.distilbert.num_parameters()
+    found = estimate.checkpoint_bytes(run_file(tmp_path, model, head=head | {"freeze_backbone": True}))
+    assert found == 12 * (whole.num_parameters() - frozen) + 2 * frozen
+
+
 def test_adapters_need_states_for_themselves_alone(large: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """16 (n + m) for every matrix [n, m] of the layers, written out; the base takes its 2 bytes and nothing else."""
     config = large.model_copy(update={"adapter": AdapterConfig(kind="lora", rank=16)})
     square, grouped, mlp = 2 * (4_096 + 4_096), 2 * (4_096 + 1_024), 3 * (4_096 + 14_336)
     num_trained = 32 * 16 * (square + grouped + mlp)
+    assert estimate.checkpoint_bytes(config) == 12 * num_trained
     found, full = (estimate.estimate(one, EIGHT, None) for one in (config, large))
     assert found.sizes.num_trained == num_trained
     assert found.sizes.num_parameters == LLAMA_8B_PARAMETERS + num_trained

@@ -60,7 +60,8 @@ class Message:
 class Record:
     """What all kinds share: `where` names it for people (file:line), `index` is its place in the input order.
 
-    `label` is JSON text; "null" where a record of the labelled format has none, "" in all other formats.
+    `label` is JSON text; "null" where a record of a labelled format has none, "" in all other formats. `keeps_turns`:
+    it is rendered with its answers, as without a label, for a head beside the language model's.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Record:
     where: str
     weight: float
     label: str = field(default="", kw_only=True)
+    keeps_turns: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ def digest(record: Record) -> bytes:
             content = [ids.tolist(), is_target.tolist()]
         case _:
             raise AssertionError(record)
-    content = [content, record.label] if record.label else content
+    is_labelled = record.label and not (record.keeps_turns and record.label == "null")
+    content = [content, record.label] if is_labelled else content
     text = json.dumps(content, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()[:16]
 

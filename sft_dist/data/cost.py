@@ -26,7 +26,7 @@ Float64 = NDArray[np.float64]
 Recomputation = Literal["none", "all_but_attention", "full"]
 
 # Model types in which every token attends to all of its sample.
-_ENCODERS = {"bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta"}
+_ENCODERS = {"albert", "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "roberta", "xlm-roberta"}
 # Model types with two matrices in their MLP (up, down); all others have three (gate, up, down).
 _UNGATED = {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "phi"} | {
     "nemotron",
@@ -160,9 +160,9 @@ def cost_of_model(model_config: Mapping[str, Any]) -> CostModel:
     for name in _UNKNOWN:
         if fields.get(name):
             raise ValueError(f"{name} is not understood")
-    hidden = _integer(fields, "hidden_size", "n_embd", "d_model")
-    num_layers = _integer(fields, "num_hidden_layers", "n_layer", "num_layers")
-    num_heads = _integer(fields, "num_attention_heads", "n_head")
+    hidden = _integer(fields, "hidden_size", "n_embd", "d_model", "dim")
+    num_layers = _integer(fields, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    num_heads = _integer(fields, "num_attention_heads", "n_head", "n_heads")
     head_size = _integer(fields, "head_dim", default=hidden // num_heads)
     num_matrices = 2 if fields.get("model_type") in _UNGATED else 3
     windows = _windows(fields, num_layers)
@@ -194,7 +194,7 @@ def _mlp(fields: Mapping[str, Any], number: int, hidden: int) -> tuple[int, int]
     )
     if not num_experts or is_dense:
         default = 4 * hidden if fields.get("model_type") in _UNGATED else None
-        return _integer(fields, "intermediate_size", "n_inner", "ffn_dim", default=default), 0
+        return _integer(fields, "intermediate_size", "n_inner", "ffn_dim", "hidden_dim", default=default), 0
     expert_size = _integer(fields, "moe_intermediate_size", "intermediate_size")
     shared = (fields.get("n_shared_experts") or 0) * expert_size
     shared += fields.get("shared_expert_intermediate_size") or 0

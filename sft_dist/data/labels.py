@@ -8,7 +8,7 @@ cannot number is a fault with a name, never another label.
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -92,6 +92,10 @@ class LabelTable:
 
     targets: Float64
     faults: dict[int, LabelFault]
+
+    def without(self, labels: Set[int]) -> "LabelTable":
+        """The same with no fault in these distinct labels: they are none."""
+        return LabelTable(self.targets, {place: fault for place, fault in self.faults.items() if place not in labels})
 
 
 def written(value: Any) -> str:

@@ -11,6 +11,7 @@ import os.path
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from sft_dist.data.answers import answer_ends
 from sft_dist.data.conversation import Conversation, RecordError, short
@@ -208,7 +209,7 @@ def _check_nothing_beside_calls_is_dropped(work: _Renders, number: int) -> None:
 def _chains(turns: Sequence[_Turn]) -> Iterator[list[tuple[_Turn, Answer]]]:
     """Group turns of which each finds the ones before it, word for word, in its own context."""
     chain: list[tuple[_Turn, Answer]] = []
-    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+    for turn, following in zip_longest(turns, turns[1:]):
         kept = [end for end in turn.ends if following and following.header.startswith(turn.text[:end])]
         chain.append((turn, Answer(len(turn.header), kept[0] if kept else turn.ends[0])))
         if not kept:

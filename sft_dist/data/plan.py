@@ -37,8 +37,8 @@ class _Epoch:
 class Plan:
     """The steps of a run over samples with given lengths, target counts and weights.
 
-    Samples without a target take no part. A sample with repeat 2.5 is twice in every epoch, and in a random half of
-    the epochs a third time; samples of one conversation go together. Raises ValueError when no sample is left.
+    Samples without a target or label take no part. A sample with repeat 2.5 is twice in every epoch, and in a random
+    half of the epochs a third time; samples of one conversation go together. Raises ValueError when no sample is left.
 
     An epoch is packed when its first step is asked for and then kept, with the one before: 8 bytes a sample and 16 a
     pack; packing takes up to about 150 bytes a sample for a moment.
@@ -50,6 +50,7 @@ class Plan:
         num_targets: NDArray[np.integer],  # [num_samples]
         *,
         mass: NDArray[np.float64] | None = None,  # [num_samples] share of the denominator; default: num_targets
+        label_mass: NDArray[np.float64] | None = None,  # [num_samples] the same of labels beside tokens; default: 0
         repeats: NDArray[np.float64] | None = None,  # [num_samples] copies in an epoch; default: 1
         conversations: NDArray[np.integer] | None = None,  # [num_samples] which conversation; default: one each
         cost_model: CostModel = BY_TOKENS,
@@ -63,11 +64,13 @@ class Plan:
         self._lengths = np.asarray(lengths)
         self._num_targets = np.asarray(num_targets)
         self._mass = self._num_targets.astype(np.float64) if mass is None else mass
+        self._label_mass = np.zeros(len(self._lengths)) if label_mass is None else label_mass
         self._costs = cost_model.of_samples(self._lengths, self._num_targets)  # [num_samples]
         num = len(self._lengths)
         repeats = np.ones(num) if repeats is None else repeats
         self._conversations = np.arange(num) if conversations is None else conversations
-        is_member = (self._num_targets > 0) & (self._mass > 0) & (self._lengths <= max_length)
+        has_target = (self._num_targets > 0) & (self._mass > 0)
+        is_member = (has_target | (self._label_mass > 0)) & (self._lengths <= max_length)
         self._repeats = np.where(is_member, repeats, 0.0)
         if not self._repeats.any():
             raise ValueError("no sample has a target token and fits")
@@ -103,8 +106,15 @@ class Plan:
         return tuple(self._epoch(epoch).table.packs(first, last))
 
     def denominator(self, step: int) -> float:
-        """What the summed loss of the whole step, over all ranks, is divided by (docs/objective.md, section 5)."""
-        return float(self._mass[self._members(step)].sum())
+        """What the summed loss of the whole step, over all ranks, is divided by (docs/objective.md, section 5).
+
+        1 where no token is a target, only labels are.
+        """
+        return float(self._mass[self._members(step)].sum()) or 1.0
+
+    def label_denominator(self, step: int) -> float:
+        """The same of the labels that stand beside tokens; 0: there are none in this step."""
+        return float(self._label_mass[self._members(step)].sum())
 
     def num_step_targets(self, step: int) -> int:
         return int(self._num_targets[self._members(step)].sum())

@@ -82,6 +82,9 @@ def convert(fields: Fields, format: RecordFormat, *, index: int, source: str, wh
     weight = weight_of(fields.get("weight"), "the record")
     refuse_fields(fields, _REFUSED, "the record")
     record: Record
+    label = ""
+    if format == "labelled_chat":
+        format, fields, label = _beside(fields)
     if format == "labelled":
         record = _labelled(fields, identity, index, source, where, weight)
     elif format == "text":
@@ -91,7 +94,9 @@ def convert(fields: Fields, format: RecordFormat, *, index: int, source: str, wh
     else:
         refuse_fields(fields, _REFUSED_OF_CONVERSATION, "the record")
         messages, tools = _MESSAGES_OF[format](fields), tools_of(fields)
-        record = Conversation(identity, index, source, where, weight, messages, tools)
+        record = Conversation(
+            *(identity, index, source, where, weight, messages, tools), label=label, keeps_turns=bool(label)
+        )
     check_record(record)
     return record
 
@@ -111,6 +116,23 @@ def _labelled(fields: Fields, identity: str, index: int, source: str, where: str
         f"a record with a label (head.kind) has `text`, `text` and `text_pair`, or `messages`; fields found: "
         f"{_names(fields)}",
     )
+
+
+def _beside(fields: Fields) -> tuple[RecordFormat, Fields, str]:
+    """The format of a record for a head beside the language model's, its other fields, and its label as JSON text.
+
+    A text or tokens train the language model alone: "".
+    """
+    format, label = format_of(fields), labels.written(fields.get("label"))
+    if format in _MESSAGES_OF:
+        return format, {name: value for name, value in fields.items() if name != "label"}, label
+    if label != labels.NO_LABEL:
+        raise RecordError(
+            "unsupported field",
+            f"the record has `label` beside {_quoted(REQUIRED[format])}; with head.language_model_weight only "
+            "conversations (`messages` and the like) have labels",
+        )
+    return format, fields, ""
 
 
 def _openai(fields: Fields) -> tuple[Message, ...]:

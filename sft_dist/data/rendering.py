@@ -6,7 +6,7 @@ becomes a control token. Every sequence must decode to its text; what cannot be 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -61,7 +61,7 @@ def _attempt(function: Any, *arguments: Any) -> Any:
 def _layouts(renderer: Renderer, record: Record) -> list[Layout]:
     match record:
         case Conversation():
-            if record.label:
+            if record.label and not record.keeps_turns:
                 return [lay_out_prompt(renderer, record, with_header=False)]
             return lay_out(renderer, record)
         case Text():
@@ -226,14 +226,16 @@ def _samples(renderer: Renderer, record: Record, parts: Sequence[tuple[Layout, _
         case Text():
             ((layout, tokens, decoded),) = parts
             return (_text_sample(renderer, record, layout, _sound(renderer, layout, tokens, decoded)),)
-        case Conversation() if record.label:
+        case Conversation() if record.label and not record.keeps_turns:
             ((layout, tokens, decoded),) = parts
             return (conversation_sample(record, _sound(renderer, layout, tokens, decoded).ids),)
         case Conversation():
-            return tuple(
+            samples = [
                 _sample(renderer, record, layout, _sound(renderer, layout, tokens, decoded))
                 for layout, tokens, decoded in parts
-            )
+            ]
+            # The last one is what the template writes for the whole conversation.
+            return (*samples[:-1], replace(samples[-1], label=record.label))
         case _:
             raise AssertionError(record)
 

@@ -46,4 +46,4 @@ class Sample:
     num_turns: int  # answers of the whole conversation
     weight: float = 1.0  # of the conversation
     digest: bytes = bytes(16)  # of the conversation's content
-    label: str = ""  # JSON text; "null": none is given; "": not of the labelled format
+    label: str = ""  # JSON text; "null": none is given; "": of no labelled format, or at a later sample

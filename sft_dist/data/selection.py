@@ -4,7 +4,9 @@ Pure functions of (prepared data, policy), applied after preparation, so that on
 and weighting. The formulas stand in docs/objective.md, section 5.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft_dist.data.conversation import ROLES
-from sft_dist.data.labels import LabelFault, LabelSet, LabelTable, tabulate
+from sft_dist.data.labels import NO_LABEL, LabelFault, LabelSet, LabelTable, tabulate
 from sft_dist.data.sample import Int32, Sample
 from sft_dist.data.store import PreparedDataset
+from sft_dist.data.top_logprobs import TopLogprobs, TopTable
 from sft_dist.errors import DataError
 
 TrainOn = Literal["assistant", "last_assistant", "all", "marked"]
@@ -45,7 +48,8 @@ class Policy:
     `roles` replaces `train_on` where it is given (scoring): the outputs of all messages of these roles. Samples without
     a target stay then; otherwise they are left out, as are those of sources that are repeated 0 times.
 
-    With `labels` each sample has one target, its label, whose place is token 0; no token is a target.
+    With `labels` each sample has one target, its label, whose place is token 0; no token is a target. With `is_beside`
+    too, tokens are targets as without labels, and the last sample of a conversation may have a label beside them.
     """
 
     max_length: int
@@ -57,6 +61,12 @@ class Policy:
     repeats: Mapping[str, float] = field(default_factory=dict)  # copies in an epoch, by source; default: 1
     roles: frozenset[str] | None = None
     labels: LabelSet | None = None
+    is_beside: bool = False
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether labels are all that is learned."""
+        return self.labels is not None and not self.is_beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,9 @@ class Example:
     sample: Sample
     turns: Int32  # [T] number of the message that each token is a target of, or -1
     weights: NDArray[np.float32]  # [T] factor of -log Pr in the numerator of the loss; 0 where no target
-    target: Float64 | None = None  # what the label says to a head, as LabelSet.target has it; its weight is weights[0]
+    target: Float64 | None = None  # what the label says to a head, as LabelSet.target has it
+    label_weight: float | None = None  # of the target beside those among the tokens; None: weights[0], and no others
+    top: TopLogprobs | None = None  # what θ̂ finds likeliest at the targets, in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +126,7 @@ class Labels:
     distinct: tuple[str, ...]
     table: LabelTable
     codes: Int32  # [num_samples] place in `distinct`
+    is_there: NDArray[np.bool_]  # [num_samples]
 
     @property
     def is_faulty(self) -> NDArray[np.bool_]:
@@ -136,18 +149,22 @@ class Selection:
     def __init__(self, dataset: PreparedDataset, policy: Policy) -> None:
         self.dataset = dataset
         self.policy = policy
+        self.top: TopTable | None = None
         spans = dataset.spans
-        self.labels = None if policy.labels is None else _labels(dataset, policy.labels)
+        self.labels = None if policy.labels is None else _labels(dataset, policy.labels, is_beside=policy.is_beside)
         self._is_target, first, self._last = _targets(dataset, policy)
-        self._lead = 0 if policy.labels else 1  # nothing comes before token 0, which only labels belong to
+        self._lead = 0 if policy.is_in_place else 1  # nothing comes before token 0, which only labels belong to
         self._first = np.maximum(first, self._lead)
         self._rows = np.searchsorted(spans.sample, np.arange(len(dataset) + 1))  # first span of every sample
         cuts = self._ends_that_fit()
         self.source_names, source_codes = dataset.sources()
         reasons = _reasons(dataset, policy, cuts, _by_name(self.source_names, policy.repeats)[source_codes])
         if self.labels is not None:
-            reasons[self.labels.is_faulty & (reasons != _NEVER_DRAWN)] = _BAD_LABEL
+            indices = dataset.column("index")
+            is_bad = np.isin(indices, indices[self.labels.is_faulty])  # all samples of such a conversation
+            reasons[is_bad & (reasons != _NEVER_DRAWN)] = _BAD_LABEL
         self.samples, self._begins, self._ends = self._views(reasons, cuts)
+        self._label_weights = self._weights_of_labels(source_codes)
         view, row, num_tokens = self._targets_of_views()
         self.num_targets: Int64 = np.bincount(view, num_tokens, minlength=len(self)).astype(np.int64)  # [n]
         if policy.roles is None:
@@ -166,9 +183,22 @@ class Selection:
         if policy.roles is None:
             self._scale /= self._largest_weight(view, row)
         self.mass: Float64 = self._scale * own  # [n] what each example adds to the denominator of its step
+        # [n] what its label adds to the one of labels, where those stand beside tokens; 0 where it has none.
+        self.label_mass: Float64 = self._label_weights[self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def labelled(self) -> Int64:
+        """int64 [m]: numbers of the examples that have a label."""
+        return np.flatnonzero(self.label_mass > 0) if self.policy.is_beside else np.arange(len(self))
+
+    @property
+    def label_targets(self) -> Float64:
+        """[m, width]: what their labels say."""
+        assert self.labels is not None
+        return np.asarray(self.labels.table.targets[self.labels.codes[self.samples[self.labelled]]])
 
     def __getitem__(self, number: int) -> Example:
         begin, end = int(self._begins[number]), int(self._ends[number])
@@ -183,7 +213,24 @@ class Selection:
             if self._is_target[row] and first < last:
                 turns[first - begin : last - begin] = self.dataset.spans.message[row]
                 weights[first - begin : last - begin] = self._span_weights[row] * self._scale[number]
-        return Example(sample, turns, weights, None if self.labels is None else self.labels.target(place))
+        top = None if self.top is None else self.top.rows(number, int(self.num_targets[number]))
+        if self.labels is None:
+            return Example(sample, turns, weights, top=top)
+        if not self.policy.is_beside:
+            return Example(sample, turns, weights, self.labels.target(place))
+        weight = float(self.label_mass[number])
+        return Example(sample, turns, weights, self.labels.target(place) if weight else None, weight, top)
+
+    def with_top(self, top: TopTable) -> "Selection":
+        """The same; its examples say what θ̂ finds likeliest at their targets."""
+        other = copy(self)
+        other.top = top
+        return other
+
+    def digest(self) -> str:
+        """16 hex digits of which tokens of the data set are in which example, and which of them are targets."""
+        parts = (self.samples, self._begins, self._ends, self._is_target, self._first, self._last)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
     def _ends_that_fit(self) -> Int64:
         """[num_samples] one past the last answer that fits and has a target in it or before it; 0: there is none."""
@@ -220,13 +267,32 @@ class Selection:
 
     def _drop_without_target(self, reasons: Int64, view: Int64) -> Int64:
         """Take examples without a target out, and note it in `reasons`; returns the new numbers of those in `view`."""
-        has_target = self.num_targets > 0
+        has_target = (self.num_targets > 0) | (self._label_weights[self.samples] > 0)
         without = self.samples[~has_target]
         reasons[without] = np.where(reasons[without] == _CUT, _TOO_LONG, _NO_TARGET)
         self.samples, self._begins, self._ends, self.num_targets = (
             column[has_target] for column in (self.samples, self._begins, self._ends, self.num_targets)
         )
         return np.asarray((np.cumsum(has_target) - 1)[view])
+
+    def _weights_of_labels(self, source_codes: Int32) -> Float64:
+        """[num_samples] source x record weight of the labels beside tokens, the largest 1; 0: there is none."""
+        weights = np.zeros(len(self.dataset))
+        if self.labels is None or self.policy.labels is None or not self.policy.is_beside:
+            return weights
+        is_there = self.labels.is_there & ~self.labels.is_faulty
+        if not self.policy.labels.is_read:
+            weights[is_there] = 1.0
+            return weights
+        every = _by_name(self.source_names, self.policy.source_weights)[source_codes] * self.dataset.column("weight")
+        weights[is_there] = every[is_there]
+        some = weights[weights > 0]
+        if len(some) and not (np.isfinite(some).all() and some.min() >= _SMALLEST_WEIGHT * some.max()):
+            raise DataError(
+                f"weights of labelled conversations reach from {some.min():.3g} to {some.max():.3g}: the smallest must "
+                f"be at least {_SMALLEST_WEIGHT:g} of the largest; mend the weights of these records or sources"
+            )
+        return weights / some.max() if len(some) else weights
 
     def _largest_weight(self, view: Int64, row: Int64) -> float:
         """Of all targets, 1 where there is none. Divided by it, weights of any size are float32 numbers."""
@@ -269,9 +335,14 @@ class Selection:
         return LeftOutTable(places, reasons[places], tokens[places].astype(np.int64), targets[places].astype(np.int64))
 
 
-def _labels(dataset: PreparedDataset, labels: LabelSet) -> Labels:
+def _labels(dataset: PreparedDataset, labels: LabelSet, *, is_beside: bool) -> Labels:
     distinct, codes = dataset.texts("label")
-    return Labels(distinct, tabulate(labels, distinct, np.bincount(codes, minlength=len(distinct)).tolist()), codes)
+    table = tabulate(labels, distinct, np.bincount(codes, minlength=len(distinct)).tolist())
+    if not is_beside:
+        return Labels(distinct, table, codes, np.ones(len(codes), np.bool_))
+    absent = ("", NO_LABEL) if labels.is_read else ("",)
+    without = {place for place, label in enumerate(distinct) if label in absent}
+    return Labels(distinct, table.without(without), codes, ~np.isin(codes, list(without)))
 
 
 def _by_name(names: tuple[str, ...], values: Mapping[str, float]) -> Float64:
@@ -297,7 +368,7 @@ def _reasons(dataset: PreparedDataset, policy: Policy, cuts: Int64, repeats: Flo
 def _targets(dataset: PreparedDataset, policy: Policy) -> tuple[NDArray[np.bool_], Int32, Int32]:
     """For every span whether it is a target, and its first target token and the one after the last."""
     spans = dataset.spans
-    if policy.labels is not None:
+    if policy.labels is not None and policy.is_in_place:
         is_target = spans.is_owned & ((dataset.column("weight")[spans.sample] > 0) | (not policy.labels.is_read))
         return is_target, np.zeros_like(spans.start), np.ones_like(spans.start)
     if policy.roles is not None:
@@ -306,6 +377,8 @@ def _targets(dataset: PreparedDataset, policy: Policy) -> tuple[NDArray[np.bool_
     # A mark of the author and a weight of 0, of the message or its record, always take a message out.
     is_target = spans.is_owned & (spans.train != 0) & (spans.weight > 0)
     is_target &= dataset.column("weight")[spans.sample] > 0
+    if policy.labels is not None and not policy.labels.is_read:
+        is_target[:] = False  # in prediction
     match policy.train_on:
         case "all":
             return is_target, spans.start, spans.end

@@ -7,8 +7,7 @@ the files each time, a chunk after the other, and keeps just what the files do n
 Nothing here imports DeepSpeed.
 """
 
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,13 +143,13 @@ def _copy(shard: Tensor, config: AnchorConfig) -> Tensor:
     return copy.copy_(shard)
 
 
-def pull(engine: Any, pretrained: Pretrained, *, decay: float, exempt: Sequence[str], prefix: str) -> None:
+def pull(engine: Any, pretrained: Pretrained, *, decay: float, exempt: Collection[str], prefix: str) -> None:
     """From now on θ ← θ − η·λ·(θ − θ̂) on the master weights, directly before each update of AdamW.
 
     η: learning rate of the parameter's group; λ: `decay`. With weight decay, AdamW's own θ ← θ − η·w·θ comes next and
     the step along the moments last: the order of Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019,
     algorithm 2, with L2-SP (Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning", 2018, eq. 2)
-    in the place of the penalty. Parameters whose names match `exempt` are left alone. A step that is not taken pulls at
+    in the place of the penalty. `exempt`: names of parameters that are left alone. A step that is not taken pulls at
     nothing.
     """
     optimizer = engine.optimizer
@@ -159,7 +158,7 @@ def pull(engine: Any, pretrained: Pretrained, *, decay: float, exempt: Sequence[
         begin, of_flat = 0, []
         for parameter in parameters:
             name = engine.param_names[parameter].removeprefix(prefix)
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt):
+            if name not in exempt:
                 of_flat.append((begin, pretrained.kept[name]))
             begin += parameter.partition_numel()
         targets[id(flat)] = of_flat

@@ -35,9 +35,12 @@ class Batch:
     turns: tuple[tuple[int, int], ...]  # (number of the example in the batch, message number) of each turn slot
     largest_id: int  # of input_ids and targets, known to the host
     parents: tuple[int, ...] | None = None  # [n] the sample that each continues, or -1; None: none continues another
-    labels: Tensor | None = None  # float64 [n, width], what a head is to say of each sample (data/labels.py)
-    label_weights: Tensor | None = None  # float32 [n]
+    labels: Tensor | None = None  # float64 [m, width], what a head is to say of samples (data/labels.py); None: m is 0
+    label_weights: Tensor | None = None  # float32 [m]
+    label_rows: Tensor | None = None  # int64 [m], the samples that have a label, in order
     token_types: Tensor | None = None  # int64 [1, T], 1 in the second text of a pair
+    top_ids: Tensor | None = None  # int32 [num_targets, k], what θ̂ found likeliest (data/top_logprobs.py)
+    top_logprobs: Tensor | None = None  # float32 [num_targets, k + 1]
 
     @property
     def max_length(self) -> int:
@@ -99,6 +102,8 @@ def collate(examples: Sequence[Example]) -> Batch:
     lengths = tuple(len(example.sample.ids) for example in examples)
     cu_seqlens = _cu_seqlens(lengths)
     row = _row(targets)
+    labelled = [number for number, example in enumerate(examples) if example.target is not None]
+    is_in_place = bool(labelled) and examples[labelled[0]].label_weight is None
     return Batch(
         input_ids=_row(ids),
         position_ids=_row(positions),
@@ -112,8 +117,11 @@ def collate(examples: Sequence[Example]) -> Batch:
         turns=tuple(turns),
         largest_id=max(int(part.max()) for part in ids),
         labels=_labels(examples),
-        label_weights=None if examples[0].target is None else torch.tensor([float(e.weights[0]) for e in examples]),
-        token_types=None if examples[0].target is None else _row([_token_types(e) for e in examples]),
+        label_weights=torch.tensor([_label_weight(examples[n]) for n in labelled]) if labelled else None,
+        label_rows=torch.tensor(labelled) if labelled else None,
+        token_types=_row([_token_types(e) for e in examples]) if is_in_place else None,
+        top_ids=_joined([e.top.ids for e in examples if e.top is not None]),
+        top_logprobs=_joined([e.top.logprobs for e in examples if e.top is not None]),
     )
 
 
@@ -171,6 +179,14 @@ def collate_trees(trees: Sequence[Tree]) -> Batch:
 def _labels(examples: Sequence[Example]) -> Tensor | None:
     targets = [example.target for example in examples if example.target is not None]
     return torch.from_numpy(np.stack(targets)) if targets else None
+
+
+def _label_weight(example: Example) -> float:
+    return float(example.weights[0]) if example.label_weight is None else example.label_weight
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor | None:
+    return torch.from_numpy(np.concatenate(parts)) if parts else None
 
 
 def _token_types(example: Example) -> Int32:

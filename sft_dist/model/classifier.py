@@ -8,7 +8,7 @@ each sample's last token is taken, as the class does. `probe.check` compares wit
 
 import fnmatch
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -135,7 +135,7 @@ def load(
             f"are others ({', '.join(config.head.labels[:_NAMED])} ...); give those of the head, or a model without one"
         )
     if seed is not None:
-        _initialise(model, new, seed)
+        initialise(model, new, seed)
     if is_main:
         what = f"new parameters ω: {', '.join(new)}" if new else "the head in its files is continued"
         say(f"{type(model).__name__} for {len(config.head.labels):,} output(s); {what}")
@@ -175,7 +175,7 @@ def _check_new(
         )
 
 
-def _initialise(model: Any, new: Sequence[str], seed: int) -> None:
+def initialise(model: Any, new: Sequence[str], seed: int) -> None:
     """Give new parameters values that follow from (seed, name): matrices normal, biases 0, other vectors 1.
 
     transformers draws them in the order in which it comes to them, under ZeRO-3 on one rank.
@@ -213,11 +213,16 @@ def _first_position(model: nn.Module) -> int:
     return 0
 
 
-def with_head_rate(groups: list[dict[str, Any]], model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Parameter groups with ω apart where it has a learning rate of its own: `lr_factor` times that of the rest."""
-    if not isinstance(model, Classifier) or config.head.learning_rate is None:
+def with_head_rate(
+    groups: list[dict[str, Any]], causal_lm: Any, omega: Set[str], config: RunConfig
+) -> list[dict[str, Any]]:
+    """Parameter groups with ω apart where it has a learning rate of its own: `lr_factor` times that of the rest.
+
+    `omega`: its names.
+    """
+    if config.head.learning_rate is None:
         return groups
-    own = {id(p) for name, p in model.model.named_parameters() if name in model.omega}
+    own = {id(p) for name, p in causal_lm.named_parameters() if name in omega}
     factor = config.head.learning_rate / config.optimizer.learning_rate
     split = [
         group

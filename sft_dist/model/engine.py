@@ -5,6 +5,7 @@ DeepSpeed file decides as well is an error that names both.
 """
 
 import ctypes
+import fnmatch
 import gc
 import json
 import logging
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import sft_dist
-from sft_dist.config import AdapterConfig, ModelConfig, RunConfig
+from sft_dist.config import AdapterConfig, HeadConfig, ModelConfig, RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import ConfigError, say
@@ -29,7 +30,9 @@ from sft_dist.model import (
     adapters,
     anchor,
     attention,
+    beside,
     classifier,
+    fused_head,
     groups,
     interpolation,
     loading,
@@ -39,8 +42,8 @@ from sft_dist.model import (
 )
 from sft_dist.model.batch import Batch
 from sft_dist.model.classifier import Classifier
-from sft_dist.model.fused_head import LossTerms, TokenValues
-from sft_dist.model.layers import compile_layers, decoder_layers
+from sft_dist.model.fused_head import LossTerms, TokenValues, TopReference
+from sft_dist.model.layers import ask_for_input_gradients, compile_layers, decoder_layers
 from sft_dist.model.logprobs import HiddenRows, TokenLogprobs
 from sft_dist.model.snapshot import Snapshot, write_file
 from sft_dist.model.stored import StoredTensors
@@ -178,9 +181,19 @@ class Engine:
         return sum(map(zero.numel, self.causal_lm.parameters()))
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that the language model's head knows."""
+        return int(self.causal_lm.get_output_embeddings().weight.ds_shape[0])
+
+    @property
     def is_classifier(self) -> bool:
         """Whether the model has a prediction head in the place of the language model's."""
         return isinstance(self._engine.module, Classifier)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a prediction head, in the place of the language model's or beside it."""
+        return self.is_classifier or self._engine.module.beside is not None
 
     def on_forward(self, action: Callable[[], None]) -> None:
         """Call `action` at the beginning of every forward from now on."""
@@ -217,7 +230,23 @@ class Engine:
         assert values.loss is not None
         return values.loss, values
 
-    def _answer_of_reference(self, batch: Batch) -> HiddenRows:
+    def top_logprobs(self, batch: Batch, k: int) -> TopReference:
+        """What the model, as it is now, says at this rank's targets, in the host's memory. A collective."""
+        self._check_ids(batch)
+        with torch.no_grad():
+            hidden = HiddenRows(self._engine(batch.to(self.device), as_reference=True), self.causal_lm)
+            with hidden.whole() as model:
+                found = fused_head.top_logprobs(model.rows, model.head, k)
+        return TopReference(found.ids.cpu(), found.logprobs.float().cpu())
+
+    def _answer_of_reference(self, batch: Batch) -> HiddenRows | TopReference:
+        if batch.top_ids is not None and batch.top_logprobs is not None:
+            return TopReference(batch.top_ids, batch.top_logprobs)
+        if self._reference is None:
+            assert not batch.num_targets, (
+                "examples come with what is kept of the start's answers (data/top_logprobs.py)"
+            )
+            return TopReference(batch.input_ids.new_zeros(0, 1), batch.weights.new_zeros(0, 2))
         with torch.no_grad():
             return HiddenRows(self._reference(batch, as_reference=True), self._reference.module.model)
 
@@ -296,27 +325,48 @@ class Engine:
             group["lr"] = learning_rate * group["lr_factor"]
 
     def own_parts(self) -> list[anchor.Part]:
-        """This rank's part of every parameter, by the names of transformers; for engines that train."""
-        return anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
+        """This rank's part of every parameter of θ, by the names of transformers; for engines that train.
 
-    def decay_to_start(self, config: RunConfig) -> None:
-        """Decay toward θ̂, the weights as they are now, with every step from now on."""
+        A new head is no part of θ, and is nowhere in θ̂.
+        """
+        parts = anchor.own_parts(self._engine, rank=self._world.rank, prefix=_WRAPPED)
+        return [part for part in parts if part.name not in self._engine.module.omega]
+
+    def decay_to_start(self, config: RunConfig, initial: Path | None) -> None:
+        """Decay toward θ̂, the weights as they are now, with every step from now on. Raises ConfigError, StorageError.
+
+        Parameters that the files do not hold (model.allow_new_parameters) have no pre-trained value to stay at, nor has
+        a new head.
+        """
+        if states_dtype(config) is torch.bfloat16:
+            raise ConfigError(
+                "anchor.decay: master weights have 16 bits here (deepspeed), which would round its small steps away; "
+                "choose a DeepSpeed file with float32 states, or leave it out"
+            )
+        allowed = config.model.allow_new_parameters
+        held = self._readers(config, initial) if allowed else {}
         self._pretrained = self._in_reference() or anchor.kept_in_memory(self.own_parts(), config.anchor)
-        exempt = config.model.allow_new_parameters  # no pre-trained value is known to stay at
+        exempt = self._engine.module.omega | {
+            name
+            for name in self._pretrained.kept
+            if name not in held and any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed)
+        }
         anchor.pull(self._engine, self._pretrained, decay=config.anchor.decay, exempt=exempt, prefix=_WRAPPED)
 
     def pretrained(self, config: RunConfig, initial: Path | None) -> anchor.Pretrained:
         """This rank's part of θ̂; to be asked for before the weights, as the files gave them, change."""
         if (known := self._pretrained or self._in_reference()) is not None:
             return known
-        shapes = {name: tuple(parameter.ds_shape) for name, parameter in self.causal_lm.named_parameters()}
+        return anchor.read_again(self.own_parts(), self._readers(config, initial), config.anchor)
+
+    def _readers(self, config: RunConfig, initial: Path | None) -> dict[str, anchor.Reader]:
+        """Of what the files that training starts from hold by the names of the parameters."""
+        omega, parameters = self._engine.module.omega, self.causal_lm.named_parameters()
+        shapes = {name: tuple(parameter.ds_shape) for name, parameter in parameters if name not in omega}
         if initial is not None:
-            readers = _checkpoint_readers(initial, shapes)
-        else:
-            folder = loading.folder_of(config.model.path)
-            files = StoredTensors(folder)
-            readers = anchor.file_readers(files, shapes, self.causal_lm.base_model_prefix)
-        return anchor.read_again(self.own_parts(), readers, config.anchor)
+            return _checkpoint_readers(initial, shapes)
+        files = StoredTensors(loading.folder_of(config.model.path))
+        return anchor.file_readers(files, shapes, self.causal_lm.base_model_prefix)
 
     def close(self) -> None:
         """Free the memory of the weights, for another model; the engine answers nothing after that."""
@@ -395,15 +445,20 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
 
     tree = resolve_deepspeed_config(config)
     model, layers = _sharded_model(config, world, tree, initial, seed=config.seed)
+    if initial is None and config.head.kind == "none" and world.is_main:
+        beside.say_left_out(config)
     frozen = groups.freeze(model.model, config.model.freeze)
     if frozen is not None and world.is_main:
         say(frozen)
+    ask_for_input_gradients(layers)
     if config.model.gradient_checkpointing:
         _recompute_layers(model.model)
     if config.model.compile:
         compile_layers(layers)
     optimizer = torch.optim.AdamW(
-        classifier.with_head_rate(groups.parameter_groups(model.model, layers, config.optimizer), model, config),
+        classifier.with_head_rate(
+            groups.parameter_groups(model.model, layers, config.optimizer), model.model, model.omega, config
+        ),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -427,11 +482,13 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     zero.clear_padding(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
-    reference = _frozen_engine(config, world, initial, may_persist=False)[0] if config.anchor.kl else None
+    reference = None
+    if config.anchor.needs_copy:
+        reference, _ = _frozen_engine(config, world, initial, seed=config.seed, may_persist=False)
     base = frozenset() if config.adapter.kind == "none" else adapters.frozen_names(model)
     result = Engine(engine, world, reduce_once=reduce_once, settings=settings, reference=reference, base=base)
     if config.anchor.decay:
-        result.decay_to_start(config)
+        result.decay_to_start(config, initial)
     return result
 
 
@@ -441,20 +498,31 @@ def inference_engine(config: RunConfig, world: World, weights: Path | None, *, c
     With a coefficient below 1 its weights lie so far on the way from the pre-trained ones to those of checkpoint
     `weights`. Raises ConfigError for parameters that neither the model's files nor `weights` hold.
     """
-    engine, settings = _frozen_engine(config, world, weights, may_persist=True, coefficient=coefficient)
+    seed = None if weights is None else config.seed
+    engine, settings = _frozen_engine(config, world, weights, seed=seed, may_persist=True, coefficient=coefficient)
     return Engine(engine, world, settings=settings)
 
 
 def _frozen_engine(
-    config: RunConfig, world: World, weights: Path | None, *, may_persist: bool, coefficient: float = 1.0
+    config: RunConfig,
+    world: World,
+    weights: Path | None,
+    *,
+    seed: int | None,
+    may_persist: bool,
+    coefficient: float = 1.0,
 ) -> tuple[Any, dict[str, int]]:
-    """DeepSpeed's engine for forwards alone, and its settings; `may_persist`: weights may stay whole."""
+    """DeepSpeed's engine for forwards alone, and its settings; `may_persist`: weights may stay whole.
+
+    `seed`: of parameters that are in no file, which are refused without one.
+    """
     import deepspeed
 
     tree = resolve_deepspeed_config(config)
-    seed = None if weights is None else config.seed
     if weights is None:
-        config = config.model_copy(update={"adapter": AdapterConfig()})  # one that nothing has trained changes nothing
+        # What nothing has trained changes nothing, or says nothing.
+        head = HeadConfig() if config.head.is_beside else config.head
+        config = config.model_copy(update={"adapter": AdapterConfig(), "head": head})
     model, layers = _sharded_model(config, world, tree, weights, seed=seed, coefficient=coefficient)
     model.requires_grad_(False)
     if config.model.compile:
@@ -500,9 +568,10 @@ def _sharded_model(
     added = loading.new_tokens(config.model)
     if config.adapter.kind != "none":
         adapters.check_tokens(added)
-    announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
     model_config = loading.load_config(config.model, config.data.max_length)
-    if config.head.kind != "none":
+    shape = beside.find_shape(config, model_config) if config.head.is_beside else None
+    announced = HfDeepSpeedConfig(tree)  # transformers shards while loading as long as this object lives
+    if config.head.is_in_place:
         return _with_head(config, world, model_config, weights, seed=seed)
     model = loading.load_causal_lm(
         config.model,
@@ -531,10 +600,12 @@ def _sharded_model(
         say(chosen.reason)
     del announced
     layers = _layers_as_leaves(model, world)
-    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha)
+    is_new = world.is_main and weights is None
+    head = None if shape is None else beside.attach(model, shape, config, is_main=is_new)
+    wrapped = TokenLogprobs(model, neftune_alpha=config.objective.neftune_alpha, beside=head)
     if weights is not None:
         between = partial(interpolation.between, coefficient=coefficient)
-        zero.assign(model, stored_parameters(weights), between, but=base)
+        zero.assign(model, stored_parameters(weights), between, but=base | wrapped.omega)
     return wrapped, layers
 
 

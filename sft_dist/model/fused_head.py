@@ -33,7 +33,7 @@ class LossTerms:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    kl: float = 0.0  # needs a Reference, whose distribution is p̂
+    kl: float = 0.0  # needs a Reference or a TopReference, whose distribution is p̂
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,25 @@ class Reference:
     head: LinearHead
 
 
+@dataclass(frozen=True, slots=True)
+class TopReference:
+    """What a frozen model said at the same rows, as far as it was kept: k tokens, and all others as one outcome.
+
+    The divergence is then that of k + 1 outcomes, never more than that of all: docs/objective.md, section 8.
+    """
+
+    ids: Tensor  # int32 [R, k], distinct in each row
+    logprobs: Tensor  # [R, k + 1], the last of all others together, -inf where there are none
+
+
 class TokenValues(NamedTuple):
-    """What one forward says of its targets, in the order of the row. Only `loss` is connected to the graph."""
+    """What one forward says of its targets, in the order of the row. Only the losses are connected to the graph."""
 
     logprob: Tensor  # wide [R], log Pr(target | all before it in its sample)
     is_top: Tensor | None = None  # wide [R], 1 where the target is the likeliest token (the first of those), else 0
     loss: Tensor | None = None  # wide [], Σ w ℓ
-    logits: Tensor | None = None  # wide [n, C], of a prediction head (model/classifier.py), which has no others
+    logits: Tensor | None = None  # wide [n, C], of a prediction head for each sample of the row
+    label_loss: Tensor | None = None  # wide [], Σ W ℓ over the labels of a head beside the language model's
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:
@@ -93,6 +105,19 @@ def values(rows: Tensor, targets: Tensor, head: LinearHead, *, with_top: bool = 
         return TokenValues(_joined([s.logprob for s in softmaxes]), _joined([s.is_top for s in softmaxes]))
 
 
+def top_logprobs(rows: Tensor, head: LinearHead, k: int) -> TopReference:
+    """The k likeliest tokens at hidden rows [R, D] and the mass of all others, without gradients; k is at most V."""
+    ids, logprobs = [], []
+    with torch.no_grad():
+        for chunk, buffer in _chunks(rows, head):
+            logits = _logits(rows[chunk], head, buffer)
+            likeliest = logits.topk(k, -1).indices
+            outcomes = _apart(logits, likeliest).outcomes
+            ids.append(likeliest.int())
+            logprobs.append(outcomes - outcomes.logsumexp(-1, keepdim=True))
+    return TopReference(torch.cat(ids), torch.cat(logprobs))
+
+
 def weighted_loss(
     rows: Tensor,
     targets: Tensor,
@@ -101,7 +126,7 @@ def weighted_loss(
     terms: LossTerms,
     *,
     with_top: bool = False,
-    reference: Reference | None = None,
+    reference: Reference | TopReference | None = None,
 ) -> TokenValues:
     """As `values`, and the loss Σ w ℓ with weights [R], which can be differentiated once by rows, weight and bias.
 
@@ -128,7 +153,7 @@ class _WeightedLoss(torch.autograd.Function):
         terms: LossTerms,
         with_top: bool,
         with_gradient: bool,
-        reference: Reference | None,
+        reference: Reference | TopReference | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         head = LinearHead(weight, bias, transform)
         wide = _wide(rows)
@@ -142,12 +167,18 @@ class _WeightedLoss(torch.autograd.Function):
         weights = weights.to(wide)
         loss = torch.zeros((), dtype=wide, device=rows.device)
         logprobs, is_top = [], []
-        for chunk, buffer, *more in _chunks(rows, head, num_buffers=1 if reference is None else 3):
+        for chunk, buffer, *more in _chunks(rows, head, num_buffers=3 if isinstance(reference, Reference) else 1):
             logits = _logits(rows[chunk], head, buffer)
             slope = _softcap_slope(logits, transform) if is_needed else None
-            of_reference = None if reference is None else _compare(logits, reference, chunk, more)
-            softmax = _softmax(logits, targets[chunk], with_top=with_top, with_mean=bool(terms.label_smoothing))
+            top = _kept(reference, chunk) if isinstance(reference, TopReference) else None
+            of_reference = _compare(logits, reference, chunk, more) if isinstance(reference, Reference) else None
+            softmax = _softmax(
+                logits, targets[chunk], with_top=with_top, with_mean=bool(terms.label_smoothing),
+                apart=None if top is None else top.ids,
+            )  # fmt: skip
             losses = _losses(softmax, terms)
+            if top is not None:
+                losses += terms.kl * _divergence(top.logprobs, softmax)
             if of_reference is not None:
                 losses += terms.kl * (of_reference.surplus + softmax.log_normaliser)
             loss += (weights[chunk] * losses).sum()
@@ -156,7 +187,7 @@ class _WeightedLoss(torch.autograd.Function):
             if not is_needed:
                 continue
             of_logits = weights[chunk] * transform.factor
-            gradient = _logit_gradient(softmax, targets[chunk], of_logits, terms)  # [C, V]
+            gradient = _logit_gradient(softmax, targets[chunk], of_logits, terms, top)  # [C, V]
             if of_reference is not None:
                 gradient.addcmul_(of_reference.probabilities, (of_logits * terms.kl)[:, None], value=-1)
             if slope is not None:
@@ -185,13 +216,22 @@ class _WeightedLoss(torch.autograd.Function):
         return (*gradients, None, None, None, None, None, None, None)
 
 
+class _Apart(NamedTuple):
+    """Logits of k tokens, and all others as one outcome with the logit log Σ exp(z_v)."""
+
+    outcomes: Tensor  # [C, k + 1], the last of all others; -inf where there are none
+    exponentials: Tensor  # [C, V], exp(z_v − max of the others), 0 at the k
+    total: Tensor  # [C], their sums; 1 where there are no others
+
+
 class _Softmax(NamedTuple):
-    exponentials: Tensor  # [C, V], exp(z_v − max z)
+    exponentials: Tensor  # [C, V], exp(z_v − max z), or those of `apart`
     total: Tensor  # [C], their sums
     log_normaliser: Tensor  # [C], log Z = log Σ_v exp(z_v)
     logprob: Tensor  # [C], of the target
     mean_logprob: Tensor | None  # [C], (1/V) Σ_v log p_v
     is_top: Tensor | None  # [C]
+    outcomes: Tensor | None  # [C, k + 1], log-probs of what is kept apart
 
 
 class _Compared(NamedTuple):
@@ -208,6 +248,32 @@ def _compare(logits: Tensor, reference: Reference, chunk: slice, buffers: list[T
     q /= total
     log_q -= top + total.log()
     return _Compared(q, log_q.sub_(logits).mul_(q).sum(-1))
+
+
+def _apart(logits: Tensor, ids: Tensor) -> _Apart:
+    """Overwrites `logits`. What is left of Z without the k is summed by itself: as a difference it would be rounding.
+
+    ids: int64 [C, k].
+    """
+    kept = logits.gather(-1, ids)
+    logits.scatter_(-1, ids, -torch.inf)
+    top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    exponentials = logits.sub_(top).exp_()
+    total = exponentials.sum(-1)
+    others = top[:, 0] + total.log()
+    return _Apart(torch.cat([kept, others[:, None]], -1), exponentials, total.clamp_min(1))
+
+
+def _kept(reference: TopReference, chunk: slice) -> TopReference:
+    return TopReference(reference.ids[chunk].long(), reference.logprobs[chunk])
+
+
+def _divergence(log_q: Tensor, softmax: _Softmax) -> Tensor:
+    """[C]: Σ q (log q − log p) over k + 1 outcomes, those without mass left out."""
+    assert softmax.outcomes is not None
+    log_q = log_q.to(softmax.outcomes.dtype)
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - softmax.outcomes), 0).sum(-1)
 
 
 def _wide(rows: Tensor) -> torch.dtype:
@@ -254,8 +320,10 @@ def _add_product(out: Tensor, gradient: Tensor, rows: Tensor) -> None:
         torch.addmm(out, gradient.t(), rows.to(out.dtype), out=out)
 
 
-def _softmax(logits: Tensor, targets: Tensor, *, with_top: bool, with_mean: bool) -> _Softmax:
-    """Overwrites `logits`."""
+def _softmax(
+    logits: Tensor, targets: Tensor, *, with_top: bool, with_mean: bool, apart: Tensor | None = None
+) -> _Softmax:
+    """Overwrites `logits`. `apart`: int64 [C, k], tokens that are kept apart from all others."""
     is_top = None
     if with_top:
         top, places = logits.max(-1, keepdim=True)
@@ -264,11 +332,17 @@ def _softmax(logits: Tensor, targets: Tensor, *, with_top: bool, with_mean: bool
         top = logits.amax(-1, keepdim=True)
     of_target = logits.gather(-1, targets[:, None])[:, 0]
     mean = logits.mean(-1) if with_mean else None
-    exponentials = logits.sub_(top).exp_()
-    total = exponentials.sum(-1)
-    log_normaliser = top[:, 0] + total.log()
+    outcomes = None
+    if apart is None:
+        exponentials = logits.sub_(top).exp_()
+        total = exponentials.sum(-1)
+        log_normaliser = top[:, 0] + total.log()
+    else:
+        outcomes, exponentials, total = _apart(logits, apart)
+        log_normaliser = outcomes.logsumexp(-1)
+        outcomes = outcomes - log_normaliser[:, None]
     mean_logprob = None if mean is None else mean - log_normaliser
-    return _Softmax(exponentials, total, log_normaliser, of_target - log_normaliser, mean_logprob, is_top)
+    return _Softmax(exponentials, total, log_normaliser, of_target - log_normaliser, mean_logprob, is_top, outcomes)
 
 
 def _losses(softmax: _Softmax, terms: LossTerms) -> Tensor:
@@ -281,13 +355,23 @@ def _losses(softmax: _Softmax, terms: LossTerms) -> Tensor:
     return losses
 
 
-def _logit_gradient(softmax: _Softmax, targets: Tensor, weights: Tensor, terms: LossTerms) -> Tensor:
+def _logit_gradient(
+    softmax: _Softmax, targets: Tensor, weights: Tensor, terms: LossTerms, reference: TopReference | None
+) -> Tensor:
     """[C, V]: w ∂ℓ/∂z_v = w·[(1 + 2ζ log Z + β)·p_v − (1 − ε)·1(v = target) − ε/V], to which −w·β·q_v is to be added.
 
-    Overwrites the exponentials.
+    With a TopReference it has been: q_v of a token that is kept apart, of all others p_v · Σ q / Σ p, the sums over
+    those. Overwrites the exponentials.
     """
     of_probability = weights * (1 + terms.kl + 2 * terms.z_loss * softmax.log_normaliser)
-    gradient = softmax.exponentials.mul_((of_probability / softmax.total)[:, None])
+    if reference is None:
+        gradient = softmax.exponentials.mul_((of_probability / softmax.total)[:, None])
+    else:
+        assert softmax.outcomes is not None
+        of_outcomes = softmax.outcomes.exp().mul_(of_probability[:, None])  # [C, k + 1]
+        of_outcomes -= reference.logprobs.to(of_outcomes.dtype).exp() * (weights * terms.kl)[:, None]
+        gradient = softmax.exponentials.mul_((of_outcomes[:, -1] / softmax.total)[:, None])
+        gradient.scatter_(-1, reference.ids, of_outcomes[:, :-1])
     if terms.label_smoothing:
         gradient -= (weights * (terms.label_smoothing / gradient.shape[1]))[:, None]
     return gradient.scatter_add_(-1, targets[:, None], (weights * (terms.label_smoothing - 1))[:, None])

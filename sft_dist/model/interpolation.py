@@ -19,8 +19,7 @@ from torch import Tensor
 from sft_dist.config import ModelConfig
 from sft_dist.errors import ConfigError, say
 from sft_dist.model import loading, zero
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+from sft_dist.model.stored import INDEX, WEIGHTS
 
 
 class Pretrained:
@@ -106,7 +105,7 @@ def _skeleton(config: Any, model: ModelConfig) -> Any:
 
 def _files(path: str, revision: str | None) -> dict[str, Path]:
     """Tensor -> safetensors file of a model folder or Hub id. Raises ConfigError where there is none."""
-    index = _file(path, _INDEX, revision)
+    index = _file(path, INDEX, revision)
     if index is not None:
         try:
             names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -116,11 +115,9 @@ def _files(path: str, revision: str | None) -> dict[str, Path]:
         if absent := [file for file, place in found.items() if place is None]:
             raise ConfigError(f"model.path: {index} names {absent[0]}, which is not there")
         return {name: place for name, file in names.items() if (place := found[file]) is not None}
-    single = _file(path, _WEIGHTS, revision)
+    single = _file(path, WEIGHTS, revision)
     if single is None:
-        raise ConfigError(
-            f"model.path: {path}: has no {_WEIGHTS} and no {_INDEX}; pre-trained weights are read from it"
-        )
+        raise ConfigError(f"model.path: {path}: has no {WEIGHTS} and no {INDEX}; pre-trained weights are read from it")
     try:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)

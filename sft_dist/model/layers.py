@@ -41,6 +41,23 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: str = "inductor") ->
         setattr(layer, "forward", torch.compile(layer.forward, dynamic=True, backend=backend))  # noqa: B010
 
 
+def ask_for_input_gradients(layers: Sequence[nn.Module]) -> None:
+    """Let the input of every layer with trained parameters need a gradient, even where all before it is frozen.
+
+    DeepSpeed learns from that gradient when the backward of a layer is over. Without one it takes the layer's weights
+    away before or while they are needed. To call before ZeRO-3 has hooks of its own.
+    """
+    for layer in layers:
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.register_forward_pre_hook(_ask_for_input_gradient)
+
+
+def _ask_for_input_gradient(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """`arguments`: the hidden states come first."""
+    if torch.is_grad_enabled() and not arguments[0].requires_grad:
+        arguments[0].requires_grad_()
+
+
 def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
     for child in module.children():
         if isinstance(child, nn.ModuleList):

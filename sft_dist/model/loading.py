@@ -18,6 +18,7 @@ _NAMED_PARAMETERS = 5
 # Of a file with weights is read: its header, and this many bytes in the middle of each tensor, of at most so many.
 _SAMPLE_BYTES = 4096
 _MAX_SAMPLES = 4096
+_HEAD_BESIDE = ("score.weight", "score.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +217,8 @@ def _check_report(model: ModelConfig, report: dict[str, Any], *, may_start_new: 
             f"model.path: {model.path}: {len(refused)} parameter(s) are not in its files and would start at random: "
             f"{', '.join(refused[:_NAMED_PARAMETERS])}; name them in model.allow_new_parameters if that is meant"
         )
-    if report["unexpected_keys"]:
-        names = sorted(report["unexpected_keys"])
+    # A prediction head beside the language model's (model/beside.py), by those who want it taken from the files.
+    if names := sorted(name for name in report["unexpected_keys"] if name not in _HEAD_BESIDE):
         raise ConfigError(
             f"model.path: {model.path}: its files hold {len(names)} parameter(s) that the model has no place for: "
             f"{', '.join(names[:_NAMED_PARAMETERS])}"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sft_dist.errors import ConfigError
 from sft_dist.model import fused_head, zero
 from sft_dist.model.batch import Batch
-from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, Reference, TokenValues
+from sft_dist.model.beside import LabelHead
+from sft_dist.model.fused_head import LinearHead, LogitTransform, LossTerms, Reference, TokenValues, TopReference
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,15 @@ class HiddenRows:
 class TokenLogprobs(nn.Module):
     """A causal language model that answers with the log-probabilities of a batch's targets.
 
-    `neftune_alpha`: while training, add uniform noise to the input embeddings (0: none).
+    `neftune_alpha`: while training, add uniform noise to the input embeddings (0: none). `beside`: another head of
+    the model, which answers from the same hidden states.
     """
 
-    def __init__(self, model: Any, *, neftune_alpha: float = 0.0) -> None:
+    def __init__(self, model: Any, *, neftune_alpha: float = 0.0, beside: LabelHead | None = None) -> None:
         super().__init__()
         self.model = model
+        self.beside = beside
+        self.omega: frozenset[str] = frozenset() if beside is None else beside.omega  # names of the other head
         self._neftune_alpha = neftune_alpha
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -57,14 +61,14 @@ class TokenLogprobs(nn.Module):
         *,
         with_top: bool = False,
         loss: LossTerms | None = None,
-        reference: HiddenRows | None = None,
+        reference: HiddenRows | TopReference | None = None,
         as_reference: bool = False,
     ) -> TokenValues | Tensor:
         """Log-probs of the batch's targets; `is_top` with `with_top`.
 
-        With `loss` also Σ w ℓ over them, w those of the batch. Nothing else can be differentiated. `reference`: another
-        model of the same vocabulary, with what it has answered to this batch `as_reference`: [num_targets, D], what
-        its head is given there.
+        With `loss` also Σ w ℓ over them, w those of the batch, and the loss of the head beside. Nothing else can be
+        differentiated. `reference`: another model of the same vocabulary, with what it has answered to this batch
+        `as_reference`: [num_targets, D], what its head is given there; or what is kept of its answer.
         """
         alpha = self._neftune_alpha if self.training else 0.0
         with _noise(self.model.get_input_embeddings(), alpha, batch.lengths):
@@ -81,7 +85,7 @@ class TokenLogprobs(nn.Module):
         head = self.model.get_output_embeddings()
         if as_reference:
             return hidden[0].index_select(0, rows)
-        with nullcontext() if reference is None else reference.whole() as compared:
+        with reference.whole() if isinstance(reference, HiddenRows) else nullcontext(reference) as compared:
             found: TokenValues = head(
                 hidden[0].index_select(0, rows),
                 batch.targets[0, rows],
@@ -90,7 +94,9 @@ class TokenLogprobs(nn.Module):
                 with_top=with_top,
                 reference=compared,
             )
-        return found
+        if self.beside is None:
+            return found
+        return self.beside.answered(found, hidden[0], batch, with_loss=loss is not None)
 
 
 @contextmanager
@@ -138,7 +144,7 @@ def _with_targets(head: nn.Linear, transform: LogitTransform) -> Callable[..., A
         weights: Tensor | None = None,
         terms: LossTerms | None = None,
         with_top: bool = False,
-        reference: Reference | None = None,
+        reference: Reference | TopReference | None = None,
     ) -> Tensor | TokenValues:
         if targets is None:
             return project(hidden)

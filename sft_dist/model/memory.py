@@ -4,6 +4,7 @@ In: a model on the meta device (shapes without values), the DeepSpeed settings, 
 What a forward keeps for its backward is not a formula but what autograd saves, counted on the meta device.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,27 @@ def model_without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code:
         raise ConfigError(f"model.path: no causal language model follows from its config.json: {error}") from error
 
 
+def classifier_without_weights(config: Any, dtype: torch.dtype, *, num_outputs: int, trust_remote_code: bool) -> Any:
+    """The same backbone with a prediction head in the place of the language model's. Raises ConfigError."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(config)
+    config.num_labels = num_outputs
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise ConfigError(f"model.path: no sequence classifier follows from its config.json: {error}") from error
+
+
+def numel(model: nn.Module) -> tuple[int, int]:
+    """Elements of all parameters, tied ones once, and of those that are trained."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
 def sizes_of(causal_lm: Any) -> Sizes:
     layers = decoder_layers(causal_lm)
     head = causal_lm.get_output_embeddings().weight
@@ -87,9 +109,10 @@ def sizes_of(causal_lm: Any) -> Sizes:
     def trained(parameters: Iterable[nn.Parameter]) -> int:
         return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
+    num_parameters, num_trained = numel(causal_lm)
     return Sizes(
-        num_parameters=sum(parameter.numel() for parameter in causal_lm.parameters()),
-        num_trained=trained(causal_lm.parameters()),
+        num_parameters=num_parameters,
+        num_trained=num_trained,
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         largest_gradient=max([trained([head]), *(trained(layer.parameters()) for layer in layers)]),
         head=head.numel(),

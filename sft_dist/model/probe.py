@@ -49,6 +49,18 @@ def logprobs(engine: Engine, probe: Probe) -> list[float]:
     return [float(value) for value in values]
 
 
+def record(engine: Engine, probe: Probe) -> dict[str, Any]:
+    """What a checkpoint says of the probe: ids, `logprobs`, and of a head beside the language model's `logits`.
+
+    A collective.
+    """
+    found = {"samples": [example.sample.ids.tolist() for example in probe], "logprobs": logprobs(engine, probe)}
+    if engine.is_classifier or not engine.has_head:
+        return found
+    with torch.no_grad():
+        return found | {"logits": engine.logits(collate(probe)).flatten().tolist()}
+
+
 def check(engine: Engine, probe: Probe) -> float:
     """Compare packed log-probs with transformers' own forward, one sample at a time; returns the largest difference.
 

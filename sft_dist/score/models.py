@@ -65,7 +65,8 @@ def _scorer(config: RunConfig, name: str, which: str) -> Scorer:
     contract.check_language_model(saved, name)
     found = checkpoints.find(Path(name), which)
     contract.check_base(saved, found)
-    return Scorer(name, config.model_copy(update={"model": saved.model, "adapter": saved.adapter}), found)
+    update = {"model": saved.model, "adapter": saved.adapter, "head": saved.head}
+    return Scorer(name, config.model_copy(update=update), found)
 
 
 def of_main(scorers: Sequence[Scorer]) -> list[Scorer]:

@@ -32,7 +32,7 @@ def warnings(config: RunConfig, facts: Facts) -> list[str]:
     optimizer = config.optimizer
     highest = highest_usual_rate(facts.num_parameters)
     found = []
-    if optimizer.learning_rate > _FAR_ABOVE * highest:
+    if config.adapter.kind == "none" and optimizer.learning_rate > _FAR_ABOVE * highest:
         found.append(
             f"optimizer.learning_rate: {optimizer.learning_rate:g} takes a model of {_size(facts.num_parameters)} "
             f"parameters far from what it knew; published recipes of this size use {highest:g} at most"

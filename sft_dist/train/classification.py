@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sft_dist.data.labels import Kind, LabelSet
 from sft_dist.data.selection import Selection
 from sft_dist.distributed import collectives
+from sft_dist.model.classifier import label_losses
 from sft_dist.train.metrics import Metrics
 
 Float64 = NDArray[np.float64]
@@ -48,9 +50,14 @@ class Answers:
 
 
 def targets(selection: Selection) -> Float64:
-    """[n, width] what the labels of a selection say, in its order."""
-    assert selection.labels is not None
-    return np.asarray(selection.labels.table.targets[selection.labels.codes[selection.samples]])
+    """[m, width] what the labels of a selection say, in its order."""
+    return selection.label_targets
+
+
+def mean_loss(labels: LabelSet, logits: Float64, wanted: Float64) -> float:
+    """Mean over samples of what they cost, each counted once; nan without any."""
+    losses = label_losses(labels.kind, torch.from_numpy(logits), torch.from_numpy(wanted))
+    return float(losses.mean())
 
 
 def probabilities(kind: Kind, logits: Float64) -> Float64:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sft_dist import __version__
-from sft_dist.config import AdapterConfig, RunConfig, flatten, may_change
+from sft_dist.config import AdapterConfig, HeadConfig, RunConfig, flatten, may_change
 from sft_dist.data.plan import Plan
 from sft_dist.data.store import PreparedDataset
 from sft_dist.data.tokenizer import load_tokenizer
@@ -127,16 +127,22 @@ def check_initial(config: RunConfig, checkpoint: Checkpoint) -> None:
             "export that run and make the export this run's model.path"
         )
     head = config.head
-    for key, old, now in (
-        ("head.kind", before.get("head.kind", "none"), head.kind),
-        ("head.labels", before.get("head.labels") or [], list(head.labels)),
-    ):
-        if old != now:
-            raise ConfigError(
-                f"model.init_from: {source} was trained with {key}: {_named(old)}, this run has {_named(now)}: what "
-                "the outputs of its head mean would change; use the same, or make a model without that head this "
-                "run's model.path"
-            )
+    old_head = HeadConfig.model_validate(
+        {key.removeprefix("head."): value for key, value in before.items() if key.startswith("head.")}
+    )
+    # One head beside the language model's may be new.
+    if old_head.is_in_place or head.is_in_place or (old_head.is_beside and head.is_beside):
+        for key, old, now in (
+            ("head.kind", old_head.kind, head.kind),
+            ("head.labels", old_head.labels, head.labels),
+            ("head.language_model_weight above 0", str(old_head.is_beside), str(head.is_beside)),
+        ):
+            if old != now:
+                raise ConfigError(
+                    f"model.init_from: {source} was trained with {key}: {_named(old)}, this run has {_named(now)}: "
+                    "what the outputs of its head mean would change; use the same, or make a model without that head "
+                    "this run's model.path"
+                )
     for key, now in flatten({"adapter": config.adapter.model_dump(mode="json")}).items():
         old = before.get(key, AdapterConfig.model_fields[key.removeprefix("adapter.")].default)
         if key != "adapter.dropout" and json.loads(json.dumps(old)) != now:

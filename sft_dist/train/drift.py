@@ -5,8 +5,10 @@ of the model.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
+from sft_dist.config import RunConfig
 from sft_dist.distributed import collectives
 from sft_dist.errors import StorageError
 from sft_dist.model import anchor
@@ -32,7 +34,9 @@ class DriftMeter:
         self._metrics = metrics
         self._pretrained = pretrained
         self._at_evaluations = at_evaluations
-        self._places = places_of(engine.causal_lm, decoder_layers(engine.causal_lm)) if pretrained else {}
+        own = {part.name for part in engine.own_parts()} if pretrained else set()
+        places = places_of(engine.causal_lm, decoder_layers(engine.causal_lm)) if pretrained else {}
+        self._places = {name: place for name, place in places.items() if name in own}
         if pretrained is not None and pretrained.num_bytes:
             metrics.say(f"θ̂ takes {pretrained.num_bytes / 2**30:.2f} GiB of each rank's memory")
         self._last: tuple[int, dict[Place, Squares]] | None = None
@@ -74,6 +78,25 @@ class DriftMeter:
         if is_new:
             self._metrics.record("drift", step, **as_dict(squares))
         return squares
+
+
+def start_to_measure(
+    engine: Engine, config: RunConfig, initial: Path | None, say_once: Callable[[str], None]
+) -> anchor.Pretrained | None:
+    """θ̂ of an engine whose weights are those of the files, or of the checkpoint `initial`. A collective.
+
+    None where these cannot be read: that nothing is measured is no reason to end a training.
+    """
+    found, problem = None, ""
+    try:
+        found = engine.pretrained(config, initial)
+    except StorageError as error:
+        problem = str(error)
+    problems = [text for text in collectives.gather(problem) if text]
+    if not problems:
+        return found
+    say_once(f"warning: the drift is not measured: {problems[0]}")
+    return None
 
 
 def ratio(squares: Iterable[Squares]) -> float | None:

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sft_dist.config import HeadConfig
 from sft_dist.data.packing import Pack, best_fit_decreasing
 from sft_dist.data.plan import distribute
 from sft_dist.data.selection import Example, Selection
 from sft_dist.distributed.world import World
 from sft_dist.model.batch import IGNORE, Batch, collate
 from sft_dist.model.engine import Engine
-from sft_dist.train.classification import Answers
+from sft_dist.train.classification import Answers, mean_loss
 from sft_dist.train.details import Details
 
 
@@ -80,12 +81,40 @@ def heldout_details(
     details = Details(selection.source_names)
     for pack in distribute(packs, world.rank, world.size, per_forward):
         examples = [selection[number] for number in pack]
+        batch = collate(examples)
         with torch.no_grad():
-            values = engine.token_values(collate(examples), with_top=True)
+            values = engine.token_values(batch, with_top=True)
         details.add(examples, values)
-        if answers is not None and values.logits is not None:
-            answers.add(pack, values.logits)
+        if answers is not None and values.logits is not None and batch.label_rows is not None:
+            numbers = [pack[row] for row in batch.label_rows.tolist()]
+            answers.add(numbers, values.logits[batch.label_rows.to(values.logits.device)])
     details.reduce()
     if answers is not None:
         answers.reduce()
     return details
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutLoss:
+    """Of held-out data: `judged` is what checkpoints are compared by."""
+
+    judged: float
+    labels: float | None  # mean over labels; None without any
+
+
+def heldout_loss(head: HeadConfig, selection: Selection, details: Details, answers: Answers | None) -> HeldoutLoss:
+    """NLL per token, of a head in its place the loss per label, of both the sum with the weights of training.
+
+    What is not there, tokens or labels, adds nothing.
+    """
+    nll = details.all.nll
+    if head.is_in_place:
+        return HeldoutLoss(nll, nll)
+    if not head.is_beside:
+        return HeldoutLoss(nll, None)
+    assert answers is not None and selection.policy.labels is not None
+    judged = head.language_model_weight * nll if details.all.count else 0.0
+    if not len(selection.labelled):
+        return HeldoutLoss(judged, None)
+    of_labels = mean_loss(selection.policy.labels, answers.logits, selection.label_targets)
+    return HeldoutLoss(judged + head.weight * of_labels, of_labels)

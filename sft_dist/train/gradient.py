@@ -18,6 +18,7 @@ from sft_dist.train import objective, out_of_memory
 from sft_dist.train.details import Details
 from sft_dist.train.feeding import Feed, MicroBatch, micro_batches
 from sft_dist.train.meter import PhaseClock
+from sft_dist.train.objective import Balance
 
 
 def accumulate_gradient(
@@ -44,7 +45,7 @@ def accumulate_gradient(
     clock = clock or PhaseClock(engine.device)
     source = micro_batches(selection, plan, [step], world, config.batch.packs_per_micro_batch)
     denominator = plan.denominator(step)
-    terms = objective.loss_terms(config)
+    terms, balance = objective.loss_terms(config), objective.balance_of(config, plan, step)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # of loss and NLL, not yet divided
     read: Callable[[], list[float]] = sums.tolist
     clock.enter("data")
@@ -52,7 +53,9 @@ def accumulate_gradient(
         what = f"step {step + 1}, micro-batch {micro_batch.number + 1}"
         with out_of_memory.explained(what, rank=world.rank, config=config, examples=micro_batch.examples):
             clock.enter("forward")
-            loss, values = forward(engine, micro_batch, terms, config.seed, world.rank, with_top=details is not None)
+            loss, values = forward(
+                engine, micro_batch, terms, config.seed, world.rank, balance=balance, with_top=details is not None
+            )
             nll = loss.detach()
             if not objective.is_plain(config):
                 nll = objective.weighted_nll(values.logprob, micro_batch.batch)
@@ -76,13 +79,22 @@ def accumulate_gradient(
 
 
 def forward(
-    engine: Engine, micro_batch: MicroBatch, terms: LossTerms, seed: int, rank: int, *, with_top: bool = False
+    engine: Engine,
+    micro_batch: MicroBatch,
+    terms: LossTerms,
+    seed: int,
+    rank: int,
+    *,
+    balance: Balance | None,
+    with_top: bool = False,
 ) -> tuple[Tensor, TokenValues]:
     """Σ w ℓ of one micro-batch, with the dropout and noise of its place in the run, and the values of its tokens."""
     step = micro_batch.step + 1
     faults.reach("step.before_forward", rank=rank, step=step)
     _seed_noise(seed, micro_batch.step, micro_batch.number, rank)
     loss, values = engine.loss(micro_batch.batch, terms, with_top=with_top)
+    if balance is not None:
+        loss = objective.joint(loss, values, balance)
     if micro_batch.examples and faults.spoils("step.loss", rank=rank, step=step):
         loss = loss * torch.nan
     if micro_batch.examples and faults.spoils("step.gradient", rank=rank, step=step):

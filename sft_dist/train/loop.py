@@ -31,7 +31,7 @@ from sft_dist.train.classification import Answers
 from sft_dist.train.deadline import job_end_s
 from sft_dist.train.details import Details
 from sft_dist.train.drift import DriftMeter
-from sft_dist.train.evaluate import heldout_details, scoring_packs
+from sft_dist.train.evaluate import heldout_details, heldout_loss, scoring_packs
 from sft_dist.train.feeding import Feed, micro_batches
 from sft_dist.train.forgetting import Retention
 from sft_dist.train.goodput import Timeline
@@ -222,7 +222,7 @@ class Run:
         if self.heldout is None and self.retention is None:
             return
         self._meter.clock.enter("evaluate")
-        answers = Answers() if self.engine.is_classifier else None
+        answers = Answers() if self.engine.has_head else None
         heldout = self._scored("heldout", self.heldout, step, answers)
         kept = self._scored("retention", self.retention, step, None)
         self._timeline.mark("evaluate", step=step)
@@ -247,32 +247,38 @@ class Run:
             details = heldout_details(
                 self.engine, data.selection, data.packs, self.world, config.batch.packs_per_micro_batch, answers
             )
-        if not math.isfinite(details.all.nll):
-            self._guard.heldout(details.all.nll, data.selection, data.packs, step, name=name)
+        judged = details.all.nll
+        if name == "heldout":
+            judged = heldout_loss(config.head, data.selection, details, answers).judged
+        if not math.isfinite(judged):
+            self._guard.heldout(judged, data.selection, data.packs, step, name=name)
             return None
         return details
 
     def _judge_heldout(self, details: Details, answers: Answers | None, step: int) -> None:
-        nll, accuracy = details.all.nll, details.all.accuracy
-        if answers is None:
-            self.metrics.say(f"held-out  step {step:,}  NLL {nll:.4f} per token  accuracy {accuracy:.1%}")
-        else:
-            assert self.heldout is not None
-            classification.report(self.metrics, step, nll, self.heldout.selection, answers)
+        assert self.heldout is not None
+        accuracy, head = details.all.accuracy, self.config.head
+        loss = heldout_loss(head, self.heldout.selection, details, answers)
+        judged = loss.judged
+        if not head.is_in_place:
+            self.metrics.say(f"held-out  step {step:,}  NLL {details.all.nll:.4f} per token  accuracy {accuracy:.1%}")
+        if answers is not None and loss.labels is not None:
+            classification.report(self.metrics, step, loss.labels, self.heldout.selection, answers)
         for line in details.lines():
             self.metrics.say(line)
         self.metrics.record("heldout", step, **details.all.as_dict())
         self.metrics.record("heldout_details", step, **details.as_dict())
         best = self.state.heldout_nll_best
-        self.state = replace(self.state, heldout_nll_last=nll)
+        self.state = replace(self.state, heldout_nll_last=judged)
         if step == 0:
-            self.state = replace(self.state, heldout_nll_before=nll)
-        elif best is not None and nll >= best:
-            self.metrics.say(f"warning: held-out NLL rises: {nll:.4f} at step {step:,}, {best:.4f} at its best")
+            self.state = replace(self.state, heldout_nll_before=judged)
+        elif best is not None and judged >= best:
+            what = "weighted sum of NLL and loss of labels" if head.is_beside else "NLL"
+            self.metrics.say(f"warning: held-out {what} rises: {judged:.4f} at step {step:,}, {best:.4f} at its best")
         elif early := self._excess():
             self.metrics.say(f"step {step:,} is not taken for the best: {early}")
         else:
-            self.state = replace(self.state, heldout_nll_best=nll, heldout_best_step=step)
+            self.state = replace(self.state, heldout_nll_best=judged, heldout_best_step=step)
             if self.config.checkpoint.keep_best:
                 self._save()
 
@@ -314,10 +320,7 @@ class Run:
         """A checkpoint of the current step, once; with `wait`, it is published when this returns."""
         self._meter.clock.enter("checkpoint")
         if self._saver.begun_step != self.state.step:
-            record = {
-                "samples": [example.sample.ids.tolist() for example in self._probe],
-                "logprobs": probe.logprobs(self.engine, self._probe),
-            }
+            record = probe.record(self.engine, self._probe)
             self._saver.begin(
                 self.state,
                 self._facts | {"probe": record, "architectures": [type(self.engine.causal_lm).__name__]},
@@ -375,6 +378,7 @@ class Run:
             "heldout_nll_best": state.heldout_nll_best,
             "heldout_nll_after": state.heldout_nll_last,
             "drift": self._drift.last,
+            "kl_top_k": None if self.selection.top is None else self.selection.top.as_dict(),
             "retention": forgetting.as_dict(state.retention),
             "skipped_steps": state.history.skipped,
             "rollbacks": state.history.rollbacks,

@@ -40,9 +40,9 @@ class Metrics:
 
         Kinds: `train` (one a step), `train_time` (one a step, once the next has begun), `train_details` (every
         logging.details_every steps), `heldout`, `heldout_details`, `retention` and `drift` (one an evaluation),
-        `checkpoint` (one that is published), and where numbers went wrong `skipped`, `heldout_skipped`,
-        `retention_skipped`, `spike` and `rollback`. Details are nested as `Details.as_dict` says. Raises StorageError
-        where they cannot be written.
+        `checkpoint` (one that is published), `kl_top_k` (one a start with anchor.kl_top_k), and where numbers went
+        wrong `skipped`, `heldout_skipped`, `retention_skipped`, `spike` and `rollback`. Details are nested as
+        `Details.as_dict` says. Raises StorageError where they cannot be written.
         """
         if self._file is None:
             return

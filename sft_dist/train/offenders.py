@@ -101,6 +101,7 @@ class Search:
         """
         config, engine, world = self.config, self.engine, self.world
         terms, denominator = objective.loss_terms(config), plan.denominator(step)
+        balance = objective.balance_of(config, plan, step)
         own_broken = [number for number, loss in enumerate(own_losses) if not math.isfinite(float(loss))]
         broken = [(rank, n + 1) for rank, numbers in enumerate(collectives.gather(own_broken)) for n in numbers]
         per_forward = config.batch.packs_per_micro_batch
@@ -113,7 +114,7 @@ class Search:
             examples = self._own(items, selection)
             part = MicroBatch(step, items[0].number, True, examples, collate(examples))
             engine.clear_gradients()
-            loss, _ = forward(engine, part, terms, config.seed, world.rank)
+            loss, _ = forward(engine, part, terms, config.seed, world.rank, balance=balance)
             engine.backward(loss / denominator, is_last=True)
             return not math.isfinite(float(loss)) or not engine.has_finite_gradient()
 
@@ -130,8 +131,9 @@ class Search:
 
         def is_bad(items: tuple[Item, ...]) -> bool:
             with torch.no_grad():
-                logprobs = self.engine.logprobs(collate(self._own(items, selection)))
-            return not bool(logprobs.isfinite().all())
+                values = self.engine.token_values(collate(self._own(items, selection)))
+            known = [values.logprob] if values.logits is None else [values.logprob, values.logits]
+            return not all(bool(tensor.isfinite().all()) for tensor in known)
 
         self.engine.train(False)
         found, weights = self._find(_groups(by_rank), is_bad)

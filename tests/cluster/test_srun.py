@@ -22,6 +22,8 @@ from .stub_rank import undisturbed
 
 pytestmark = pytest.mark.slow
 
+GONE_WITHIN_S = 60.0  # of which a keeper alone may take 10 for its rank
+
 
 @dataclass
 class Launch:
@@ -47,7 +49,7 @@ class Launch:
         def is_gone() -> bool:
             return not any(self.mark in env for env in self.slurm.processes().values())
 
-        self.slurm.wait(is_gone, "no process of it is left", 15)
+        self.slurm.wait(is_gone, "no process of it is left", GONE_WITHIN_S)
 
 
 @pytest.fixture

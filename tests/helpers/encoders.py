@@ -1,5 +1,6 @@
 """Tiny encoders with an uncased word-piece tokenizer, and labelled records for them."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,22 @@ def build_encoder(folder: Path, family: str = "bert", *, dropout: float = 0.0, c
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_beside(num: int, *, kind: str = "single_label", seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations that are told apart as in `make_labelled`: of four, one has no answer and one no label."""
+    records = []
+    for number, record in enumerate(make_labelled(num, kind=kind, seed=seed)):
+        turns = [("user", record["text"])]
+        if number % 4 != 1:
+            turns += [("assistant", "it is " + json.dumps(record["label"]))]
+        if number % 4 == 2:
+            turns += [("user", "when"), ("assistant", "too late"), ("user", "thanks")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        records.append({"id": record["id"], "messages": messages, "label": record["label"]})
+        if number % 4 == 3:
+            del records[-1]["label"]
+    return records
 
 
 def make_labelled(num: int, *, kind: str = "single_label", seed: int = 0, pairs: bool = False) -> list[dict[str, Any]]:

@@ -48,22 +48,29 @@ def loss(model: Any, tokenizer: Any, conversations: Sequence[Sequence[dict[str, 
     """Mean negative log-probability of all assistant tokens of all conversations, one conversation at a time."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for messages in conversations:
-        ids, labels = [], []
-        for message in messages:
-            if message["role"] == "assistant":
-                header = _text(tokenizer, "<|im_start|>assistant\n")
-                output = _text(tokenizer, message["content"]) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-                tail = _text(tokenizer, "\n")
-                ids += header + output + tail
-                labels += [-100] * len(header) + output + [-100] * len(tail)
-            else:
-                own = _message_ids(tokenizer, message)
-                ids += own
-                labels += [-100] * len(own)
+        ids, labels = sequence(tokenizer, messages)
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
         total = total + F.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=-100, reduction="sum")
         count += sum(label != -100 for label in labels[1:])
     return total / count
+
+
+def sequence(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """Ids of a whole conversation, and the same with -100 where no token of an answer is."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            header = _text(tokenizer, "<|im_start|>assistant\n")
+            output = _text(tokenizer, message["content"]) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+            tail = _text(tokenizer, "\n")
+            ids += header + output + tail
+            labels += [-100] * len(header) + output + [-100] * len(tail)
+        else:
+            own = _message_ids(tokenizer, message)
+            ids += own
+            labels += [-100] * len(own)
+    return ids, labels
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What the ranks of a test world compute about resuming: training from a checkpoint, and the state before and after."""
 
+import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor
 
+from sft_dist import faults
 from sft_dist.config import (
     AdapterConfig,
     AnchorConfig,
     BatchConfig,
     DataConfig,
+    HeadConfig,
     LoggingConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -26,10 +30,11 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World
 from sft_dist.errors import UserError
 from sft_dist.model import engine as engines
-from sft_dist.model import groups, zero
+from sft_dist.model import groups, loading, zero
 from sft_dist.model.anchor import Pretrained
 from sft_dist.model.engine import Engine
-from sft_dist.preparation import training_set
+from sft_dist.preparation import training_set, with_labels
+from sft_dist.train import contract, start_answers
 from sft_dist.train.drift import DriftMeter
 from sft_dist.train.evaluate import heldout_details, scoring_packs
 from sft_dist.train.gradient import accumulate_gradient
@@ -38,7 +43,7 @@ from tests.helpers import world_cases
 
 
 def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
-    return RunConfig(
+    config = RunConfig(
         run_dir=str(folder / "run"),
         seed=3,
         model=ModelConfig(
@@ -47,12 +52,14 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
             freeze=case.get("freeze", ()),
             control_tokens=case.get("control_tokens", ()),
             compile=case.get("compile", False),
+            allow_new_parameters=case.get("allow_new_parameters", ()),
+            gradient_checkpointing=case.get("gradient_checkpointing", True),
         ),
         adapter=AdapterConfig(**case.get("adapter", {})),
         data=DataConfig(
             train=({"path": case["data"]},),
             max_length=384,
-            cache_dir=str(Path(case["data"]).parent / "prepared"),
+            cache_dir=case.get("cache_dir", str(Path(case["data"]).parent / "prepared")),
             num_processes=1,
             chat_template=case.get("chat_template"),
         ),
@@ -64,9 +71,11 @@ def run_config(case: dict[str, Any], folder: Path) -> RunConfig:
         ),
         optimizer=OptimizerConfig(**{"learning_rate": 3e-3, "weight_decay": 0.1} | case.get("optimizer", {})),
         anchor=AnchorConfig(**case.get("anchor", {})),
+        head=HeadConfig(**case.get("head", {})),
         schedule=ScheduleConfig(epochs=case.get("epochs", 8)),
         deepspeed=case.get("deepspeed", "cpu"),
     )
+    return with_labels(config)
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
@@ -123,10 +132,13 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     initial = Path(case["initial"]) if "initial" in case else None
     engine = engines.training_engine(config, world, initial)
     answer: dict[str, Any] = {"losses": [], "samples": []}
-    pretrained = engine.pretrained(config, initial)
-    answer["kept"] = {name: kept.dtype for name, kept in pretrained.kept.items()}
+    # Adapters are no part of θ̂, and no run measures how far they are from it.
+    pretrained = engine.pretrained(config, initial) if config.adapter.kind == "none" else None
+    answer["kept"] = {} if pretrained is None else {name: kept.dtype for name, kept in pretrained.kept.items()}
     if "start" in case:
         answer["start"] = whole_weights(engine)
+    if config.anchor.kl_top_k is not None:
+        selection = with_start_answers(config, selection, plan, engine, world, answer)
     if "resume" in case:
         torch.manual_seed(99)
         engine.load(Path(case["resume"]))
@@ -148,14 +160,27 @@ def train(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     return answer
 
 
-def drift(engine: Engine, pretrained: Pretrained, folder: Path) -> dict[str, Any]:
+def with_start_answers(
+    config: RunConfig, selection: Selection, plan: Any, engine: Engine, world: World, answer: dict[str, Any]
+) -> Selection:
+    """As a run does it, before it takes a checkpoint's weights."""
+    model_config = loading.load_config(config.model, config.data.max_length)
+    facts = collectives.on_main(lambda: contract.facts(config, selection.dataset, None, model_config, plan))
+    said: list[str] = []
+    found = start_answers.kept(selection, plan, engine, config, facts, world, said.append)
+    assert found.top is not None
+    answer["table"], answer["said"] = str(found.top.folder), said
+    return found
+
+
+def drift(engine: Engine, pretrained: Pretrained | None, folder: Path) -> dict[str, Any]:
     """As a run records it."""
     metrics = Metrics(folder / "drift", LoggingConfig(tensorboard=False), first_step=0, is_main=False)
     meter = DriftMeter(engine, metrics, pretrained, at_evaluations=True)
     found: list[dict[str, Any]] = []
     with mock.patch.object(metrics, "record", lambda kind, step, **values: found.append(values)):
         meter.after_evaluation(1)
-    return found[0]
+    return found[0] if found else {}
 
 
 def save(engine: Engine, folder: Path) -> dict[str, Tensor]:
@@ -248,7 +273,41 @@ def refused(case: dict[str, Any], folder: Path, world: World) -> list[str]:
     return collectives.gather(said)
 
 
-CASES = {"train": train, "exact": exact, "refused": refused}
+def refused_answers(case: dict[str, Any], folder: Path, world: World) -> dict[str, list[str]]:
+    """What every rank says where the start's answers cannot be had, and whether files of that name are there then."""
+    config = run_config(case, folder)
+    selection, plan = training_set(config)
+    engine = engines.training_engine(config, world, None)
+
+    def ask(config: RunConfig, fault: str = "") -> list[str]:
+        with mock.patch.dict(os.environ, {faults.VARIABLE: fault}):
+            try:
+                with_start_answers(config, selection, plan, engine, world, {})
+                said = "nothing"
+            except UserError as error:
+                said = f"{type(error).__name__}: {error}"
+        return collectives.gather(f"{said} {len(list(Path(config.data.cache_dir).glob('top-*')))}")
+
+    anchor = config.anchor.model_copy(update={"kl_top_k": 1_000})
+    answer = {
+        "more than there are": ask(config.model_copy(update={"anchor": anchor})),
+        "full disk": ask(config, "start_answers.before_write:rank=1:step=2:oserror"),
+        "made": ask(config),
+    }
+    collectives.on_main(lambda: _give_to_other_data(Path(config.data.cache_dir)))
+    answer["other data"] = ask(config)
+    engine.close()
+    return answer
+
+
+def _give_to_other_data(cache_dir: Path) -> None:
+    (manifest,) = cache_dir.glob("top-*/manifest.json")
+    tree = json.loads(manifest.read_text())
+    tree["identity"]["data"] = "other"
+    manifest.write_text(json.dumps(tree))
+
+
+CASES = {"refused_answers": refused_answers, "train": train, "exact": exact, "refused": refused}
 
 if __name__ == "__main__":
     world_cases.main(CASES)

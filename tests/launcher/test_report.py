@@ -37,6 +37,10 @@ def test_the_tail_holds_the_last_lines_of_this_launch_only(tmp_path: Path) -> No
     assert tail(log)[0] == "line 12"
 
 
+def test_the_tail_of_a_log_that_has_gone_says_so(tmp_path: Path) -> None:
+    assert tail(Log(tmp_path / "rank-1.log", start=3)) == ["log cannot be read: No such file or directory"]
+
+
 def test_a_process_name_with_blanks_and_brackets_is_read() -> None:
     process = parse_stat("77 (a) R (b c) S 5 66 55 0 -1 4194560")
     assert (process.pid, process.state, process.parent, process.session) == (77, "S", 5, 55)

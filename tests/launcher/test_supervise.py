@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import resource
 import signal
 import time
 from pathlib import Path
@@ -93,6 +94,52 @@ def test_a_closed_terminal_asks_the_ranks_for_a_checkpoint(start: Start) -> None
     assert "received ['SIGTERM']" in stdout
 
 
+def test_a_log_that_has_gone_costs_no_rank_its_checkpoint(start: Start, tmp_path: Path) -> None:
+    launch = start("--nproc", "2", "all=wait", "--log-dir", str(tmp_path / "logs"))
+    pids = launch.pids(2)
+    (tmp_path / "logs" / "rank-1.log").unlink()
+    launch.process.send_signal(signal.SIGTERM)
+    code, stdout, stderr = launch.end()
+    assert code == 75, stderr
+    assert "rank 0 leaves, received ['SIGTERM']" in stdout
+    assert "log" not in stderr
+    assert_gone(pids)
+
+
+def test_a_rank_that_fails_is_named_though_its_log_has_gone(start: Start, tmp_path: Path) -> None:
+    launch = start("--nproc", "2", "rank0=wait", "rank1=exit:3", "--log-dir", str(tmp_path / "logs"))
+    pids = launch.pids(2)
+    (tmp_path / "logs" / "rank-1.log").unlink()
+    launch.let_ranks_exit()
+    code, stdout, stderr = launch.end()
+    assert code == 3
+    assert "rank 0 leaves, received ['SIGTERM']" in stdout
+    assert f"the last lines of rank 1 ({tmp_path}/logs/rank-1.log):\n" in stderr
+    assert "| log cannot be read: No such file or directory\n" in stderr
+    assert_gone(pids)
+
+
+def test_a_folder_for_logs_that_cannot_be_made_is_told_in_one_line(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    code, _, stderr = start("--nproc", "2", "all=wait", "--log-dir", str(tmp_path / "logs")).end()
+    assert (code, stderr) == (69, f"sft-launch: --log-dir {tmp_path}/logs: File exists\n")
+
+
+def test_the_launcher_may_open_all_files_it_can_and_the_ranks_as_many_as_before(start: Start) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = before[1] // 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+    try:
+        launch = start("--nproc", "1", "all=wait")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    (rank,) = launch.pids(1)
+    assert resource.prlimit(launch.process.pid, resource.RLIMIT_NOFILE) == (before[1], before[1])
+    assert resource.prlimit(rank, resource.RLIMIT_NOFILE) == (soft, before[1])
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.end()[0] == 75
+
+
 def test_a_second_interrupt_ends_deaf_ranks_at_once(start: Start) -> None:
     launch = start("--nproc", "2", "all=deaf", "helper=1")
     pids = launch.pids(2)
@@ -145,6 +192,7 @@ def test_a_rank_that_leaves_early_fails_the_job_after_the_grace_time(start: Star
     code, _, stderr = launch.end()
     assert code == 70
     assert "rank 1 failed first: exit status 0, and 0.5 s later there still ran: rank 0" in stderr
+    assert "| rank 1 leaves, received []\n" in stderr
     assert_gone(pids)
 
 

@@ -3,6 +3,7 @@
 The reference is one process of plain transformers and torch.optim.AdamW in float64, on the conversations of each step.
 """
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -10,20 +11,23 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from sft_dist.data.top_logprobs import TopTable
 from tests.helpers import oracle
 from tests.helpers.bare import CHATML_TOKENS, build_bare_model
 from tests.helpers.conversations import make_records, write_jsonl
-from tests.helpers.models import CHATML, build_model
+from tests.helpers.models import CHATML, build_model, build_tokenizer
 from tests.helpers.worlds import run_world
 
 pytestmark = pytest.mark.slow
 
 SAVED, LAST = 3, 5
+VOCAB = len(build_tokenizer())
 LEARNING_RATE = 3e-3
 # A large eps: AdamW would blow up the rounding of gradients that are nearly zero.
 OPTIMIZER = {"learning_rate": LEARNING_RATE, "weight_decay": 0.1, "eps": 1e-3}
@@ -33,8 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "anchor": {"decay": 30.0},
         "optimizer": OPTIMIZER | {"layer_decay": 0.7},
         "freeze": ["*embed_tokens*", "*layers.0.mlp*", "*layers.2.*norm*"],
+        "gradient_checkpointing": False,  # the input of the first layer needs no gradient, and nothing computes it anew
     },
     "divergence": {"family": "llama", "anchor": {"kl": 2.0, "decay": 10.0}, "optimizer": OPTIMIZER},
+    "kept divergence": {"family": "qwen2", "anchor": {"kl": 2.0, "kl_top_k": 5}, "optimizer": OPTIMIZER},
     "measured only": {"family": "llama", "optimizer": OPTIMIZER, "freeze": ["*layers.1.*"]},
 }
 BF16: dict[str, dict[str, Any]] = {
@@ -107,10 +113,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         }
     }
     again = {"family": "qwen2", "initial": str(result.saved(2, "decay")), "steps": [0, 2], "start": True}
+    compared = {"kl": 2.0, "decay": 10.0}
+    adapters = {"family": "llama", "adapter": {"kind": "lora", "rank": 4}, "steps": [0, 3]}
+    whole = {
+        "all kept": SETTINGS["divergence"] | {"anchor": compared | {"kl_top_k": VOCAB}, "steps": [0, LAST]},
+        "adapters, compared": adapters | {"anchor": {"kl": 2.0}},
+        "adapters, all kept": adapters | {"anchor": {"kl": 2.0, "kl_top_k": VOCAB}},
+    }
+    anew = {"kept anew": SETTINGS["kept divergence"] | {"steps": [0, 1], "cache_dir": str(folder / "anew")}}
     rounded = SETTINGS["decay"] | {"anchor": {"decay": 30.0, "dtype": "bfloat16"}, "steps": [0, 1]}
     ask(2, from_start(2) | undisturbed, "2")
-    ask(2, half | tokens | {"from a checkpoint": again, "rounded": rounded}, "others")
-    ask(1, from_start(1) | resumed(2), "1")
+    refused = {
+        "refused": SETTINGS["kept divergence"] | {"case": "refused_answers", "cache_dir": str(folder / "refused")}
+    }
+    ask(2, refused | half | tokens | {"from a checkpoint": again, "rounded": rounded} | whole, "others")
+    ask(1, from_start(1) | resumed(2) | anew, "1")
     ask(3, from_start(3), "3")
     ask(2, resumed(1) | resumed(2), "again")
     return result
@@ -144,7 +161,8 @@ def reference(folder: Path, setting: dict[str, Any], steps: list[list[int]]) -> 
         conversations = [records[i]["messages"] for i in members]
         loss = oracle.loss(model, tokenizer, conversations)
         if beta:
-            loss = loss + beta * divergence(model, frozen, tokenizer, conversations)
+            kept = setting["anchor"].get("kl_top_k")
+            loss = loss + beta * divergence(model, frozen, tokenizer, conversations, kept)
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([group["params"][0] for group in adamw.param_groups], 1.0)
@@ -159,8 +177,11 @@ def reference(folder: Path, setting: dict[str, Any], steps: list[list[int]]) -> 
     return dict(model.named_parameters()), losses
 
 
-def divergence(model: Any, frozen: Any, tokenizer: Any, conversations: Any) -> Tensor:
-    """Mean over all tokens of answers of KL(frozen ‖ model), one turn at a time."""
+def divergence(model: Any, frozen: Any, tokenizer: Any, conversations: Any, kept: int | None) -> Tensor:
+    """Mean over all tokens of answers of KL(frozen ‖ model), one turn at a time.
+
+    With `kept`, of so many tokens, the likeliest to `frozen`, and all others as one.
+    """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for messages in conversations:
         for context, output in oracle.turn_contexts(tokenizer, messages):
@@ -168,9 +189,18 @@ def divergence(model: Any, frozen: Any, tokenizer: Any, conversations: Any) -> T
             now = model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].log_softmax(-1)
             with torch.no_grad():
                 before = frozen(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            if kept is not None:
+                ids = before.topk(kept).indices
+                now, before = _with_the_rest(now, ids), _with_the_rest(before, ids)
             total = total + (before.exp() * (before - now)).sum()
             count += len(output)
     return total / count
+
+
+def _with_the_rest(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """[n, kept + 1]: log-probs of these tokens, and of all others together."""
+    chosen = logprobs.gather(-1, ids)
+    return torch.cat([chosen, (1 - chosen.exp().sum(-1, keepdim=True)).log()], -1)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -215,6 +245,63 @@ def test_a_run_resumed_on_the_same_ranks_goes_on_bit_for_bit(runs: Runs) -> None
         for kind, values in whole["state"].items():
             assert all(torch.equal(found["state"][kind][n], value) for n, value in values.items())
         assert found["drift"] == whole["drift"]
+
+
+def test_with_every_token_kept_weights_are_those_of_the_frozen_copy(runs: Runs) -> None:
+    """Where the start is the model before adapters do anything, too; without β they would be elsewhere."""
+    for copied, kept in (("divergence undisturbed", "all kept"), ("adapters, compared", "adapters, all kept")):
+        expected, found = runs.answers[2, copied], runs.answers[2, kept]
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+        for name, value in expected["state"]["weight"].items():
+            assert torch.allclose(found["state"]["weight"][name], value, rtol=0, atol=1e-6), name
+    steps = runs.answers[2, "all kept"]["samples"]
+    plain, _ = reference(runs.folder, SETTINGS["divergence"] | {"anchor": {"decay": 10.0}}, steps)
+    found = runs.answers[2, "all kept"]["state"]["weight"]
+    assert max(float((plain[name] - found[name]).detach().abs().max()) for name in plain) > 1e-4
+
+
+def test_what_is_kept_is_made_once_and_does_not_depend_on_ranks(runs: Runs) -> None:
+    """By two ranks, and elsewhere by one: the same bits at every target, those of plain transformers turn by turn."""
+    first, anew = runs.answers[2, "kept divergence"], runs.answers[1, "kept anew"]
+    for answer in (first, anew):
+        assert any("computing the 5 likeliest" in line for line in answer["said"])
+    for key in ((1, "kept divergence"), (3, "kept divergence"), (2, "kept divergence from 1")):
+        assert runs.answers[key]["table"] == first["table"] != anew["table"]
+        assert not any("computing" in line for line in runs.answers[key]["said"])
+    folders = [Path(answer["table"]) for answer in (first, anew)]
+    one, two = (TopTable(f, json.loads((f / "manifest.json").read_text())["identity"]) for f in folders)
+    model, tokenizer = oracle.load(runs.folder / "qwen2")
+    tail_mass: list[float] = []
+    for number, record in enumerate(make_records(24, max_words=6)):
+        pairs = oracle.turn_contexts(tokenizer, record["messages"])
+        expected = torch.cat([_before_targets(model, *pair) for pair in pairs])
+        found, again = (table.rows(number, len(expected)) for table in (one, two))
+        assert all(map(np.array_equal, (found.ids, found.logprobs), (again.ids, again.logprobs)))
+        kept = _with_the_rest(expected, torch.from_numpy(found.ids.astype(np.int64)))
+        assert torch.allclose(torch.from_numpy(found.logprobs.copy()).double(), kept, rtol=0, atol=1e-4)
+        assert torch.allclose(kept[:, :5], expected.topk(5).values, rtol=0, atol=1e-5), "the likeliest, in their order"
+        tail_mass += kept[:, 5].exp().tolist()
+    assert one.num_rows == two.num_rows == len(tail_mass)
+    mean = sum(tail_mass) / len(tail_mass)
+    assert one.mean_tail_mass == pytest.approx(mean, rel=1e-5) and 0.01 < mean < 0.99
+    assert any(f"has {one.mean_tail_mass:.3g} of the mass" in line for line in first["said"])
+
+
+def test_answers_that_cannot_be_had_are_refused_on_every_rank_and_none_are_left_half_written(runs: Runs) -> None:
+    said = runs.answers[2, "refused"]
+    (more, _), (full, other_full), (made, _), (other, other_other) = said.values()
+    assert more == f"ConfigError: anchor.kl_top_k: 1,000 of {VOCAB:,} tokens that the model's head knows 0"
+    assert full.startswith("StorageError: rank 1: data.cache_dir") and full.endswith(" 0") and full == other_full
+    assert made == "nothing 1"
+    assert other.startswith("StorageError: rank 0:") and "other data than its name says (data); delete" in other
+    assert other == other_other
+
+
+def _before_targets(model: Any, context: list[int], output: list[int]) -> Tensor:
+    """float64 [len(output), V]: log-probs of what comes at the places of the output's tokens."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([context + output]), use_cache=False).logits[0]
+    return logits[len(context) - 1 : -1].log_softmax(-1)
 
 
 def test_offloaded_states_are_pulled_as_others_are(runs: Runs) -> None:

@@ -58,6 +58,29 @@ def test_new_parameters_follow_from_the_seed_and_from_nothing_else(tmp_path: Pat
     assert torch.stack([first[name].std() for name in drawn]).min() > 0.1, "drawn, not zero"
 
 
+@pytest.mark.slow
+def test_new_parameters_have_no_value_to_stay_at_and_all_others_have(tmp_path: Path) -> None:
+    """The pull of step 2 is the first one; what the gradient there does is the same with and without it."""
+    common = {
+        "case": "train",
+        "model": str(build_deeper(tmp_path / "model")),
+        "data": str(write_jsonl(tmp_path / "train.jsonl", make_records(24))),
+        "allow_new_parameters": ["*"],
+        "steps": [0, 2],
+    }
+    free, pulled, compared = run_world(
+        2,
+        [common, common | {"anchor": {"decay": 30.0}}, common | {"anchor": {"kl": 1.0}}],
+        tmp_path / "world",
+        module="tests.helpers.resume_cases",
+    )
+    for name, weights in free["state"]["master"].items():
+        is_new = name.startswith("model.layers.3.")
+        assert torch.equal(weights, pulled["state"]["master"][name]) == is_new, name
+    assert compared["losses"][0] == pytest.approx(free["losses"][0], abs=1e-5), "the frozen copy starts alike"
+    assert compared["losses"][1] != free["losses"][1]
+
+
 def test_without_a_seed_new_parameters_are_refused_also_where_they_are_allowed(tmp_path: Path) -> None:
     config = ModelConfig(path=str(build_deeper(tmp_path / "model")), allow_new_parameters=(NEW,))
     base = loading.load_config(config, max_length=2)

@@ -1,5 +1,6 @@
 """Ranges of tensors from safetensors files, against the library that writes them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ from sft_dist.model.stored import StoredTensors
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("stored")
+    """With a file beside it that no library reads: a pointer of git lfs."""
+    found, names = tmp_path_factory.mktemp("stored"), {}
     for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
         save_file(tensors(dtype), found / f"model-{number}.safetensors", metadata={"format": "pt"})
+        names |= dict.fromkeys(tensors(dtype), f"model-{number}.safetensors")
+    (found / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (found / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     return found
 
 
@@ -60,6 +65,13 @@ def test_only_numbers_with_a_fraction_are_there_and_broken_files_are_named(folde
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(StorageError, match=r"model\.safetensors: not a readable safetensors file"):
         StoredTensors(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(StorageError, match=r"model\.safetensors: not a readable safetensors file: a header of"):
+        StoredTensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(StorageError, match=r"index\.json: not a readable index of weights"):
+        StoredTensors(tmp_path)
+    assert not StoredTensors(tmp_path / "absent").shapes
 
 
 def test_a_file_that_ends_early_is_named_and_one_that_is_replaced_still_answers(tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ def test_the_defaults_are_usual_for_every_size() -> None:
         assert warnings(config(), Facts(num_parameters, 100, 1.0)) == []
 
 
+def test_adapters_want_higher_rates_and_have_another_default() -> None:
+    assert warnings(config(adapter={"kind": "lora"}), USUAL) == []
+
+
 @pytest.mark.parametrize(
     ("sections", "key", "value"),
     [

@@ -21,6 +21,8 @@ from sft_dist.train.checkpoint import Checkpoint
 from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.models import CHATML, build_model
 
+BESIDE = {"kind": "single_label", "labels": ["a", "b"], "language_model_weight": 1.0}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -266,6 +268,11 @@ def test_other_base_weights_are_refused_where_the_checkpoint_holds_adapters_alon
         ({"kind": "single_label", "labels": ["a", "b"]}, {"kind": "multi_label", "labels": ["a", "b"]}, "head.kind"),
         ({"kind": "single_label", "labels": ["a", "b"]}, {}, "head.kind"),
         ({}, {"kind": "single_label", "labels": ["a", "b"]}, "head.kind"),
+        ({}, BESIDE, None),
+        (BESIDE, BESIDE | {"language_model_weight": 2.0}, None),
+        (BESIDE, BESIDE | {"labels": ["b", "a"]}, "head.labels"),
+        ({"kind": "single_label", "labels": ["a", "b"]}, BESIDE, "head.language_model_weight"),
+        (BESIDE, {"kind": "single_label", "labels": ["a", "b"]}, "head.language_model_weight"),
     ],
 )
 def test_a_run_starts_from_another_with_the_same_head_only(
@@ -277,7 +284,9 @@ def test_a_run_starts_from_another_with_the_same_head_only(
     if named is None:
         contract.check_initial(new, written)
         return
-    with pytest.raises(ConfigError, match=rf"model\.init_from: runs/first was trained with {named}: .*, this run has"):
+    with pytest.raises(
+        ConfigError, match=rf"model\.init_from: runs/first was trained with {named}.*: .*, this run has"
+    ):
         contract.check_initial(new, written)
 
 
