@@ -1,5 +1,6 @@
 # make setup   .venv with the pinned dependencies; instant when nothing changed
-# make check   lint, types and fast tests, in about two minutes
+# make lint    style and types
+# make check   those and the fast tests, in a few minutes
 # make test    every test
 # make demo    the main job on a small real model: all GPUs there are, else two CPU ranks; within 10 minutes
 #              MODEL=, TRAIN= and HELDOUT= (folder, file or Hub id) put your own in place of the demo's
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup check test format demo demo-short gpu-wheels gpu-check clean
+.PHONY: help setup lint check test format demo demo-short gpu-wheels gpu-check clean
 
 VENV := .venv
 STAMP := $(VENV)/.setup-done
@@ -63,10 +64,12 @@ $(STAMP): setup.py constraints.txt
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -e '.[mpi,demo,test,dev]'
 	@touch $@
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest -m "not slow" --timeout 60 -q
 
 test: setup
