@@ -347,7 +347,7 @@ def offenders_found(case: dict[str, Any], folder: Path, world: World) -> dict[st
     own_losses = [torch.tensor(float("nan") if world.rank == 1 else 1.0)]
     search = Search(engine, config, world, PhaseClock(engine.device))
     step = partial(search.step, "the loss", 0, selection, plan, own_losses)
-    heldout_data = partial(search.heldout, "the NLL", 4, selection, scoring_packs(selection))
+    heldout_data = partial(search.heldout, "the NLL", 4, selection, scoring_packs(selection), name="heldout")
     answers = {"finite again": step(), "finite heldout": heldout_data()}
 
     def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
