@@ -323,7 +323,7 @@ def _drift(start: dict[str, Tensor], state: dict[str, dict[str, Tensor]]) -> Any
         kinds = ("embed", "embeddings"), ("norm", "norms"), ("attn", "attention"), ("mlp", "mlp"), ("lm_head", "head")
         kind = next(kind for word, kind in kinds if word in name)
         entry = squares.setdefault(("outside" if layer is None else layer[1], kind), [0.0, 0.0])
-        entry[0] += float((now - start[name].double()).square().sum())
+        entry[0] += float((now - start[name].double()).square().sum().detach())
         entry[1] += float(start[name].double().square().sum())
 
     def ratio(keys: Any) -> Any:
