@@ -183,8 +183,8 @@ def _with_group(
         # As long as the engine holds the pre-trained weights.
         state = _with_starting_nll(state, kept, engine, resumed, facts, config, world)
         engine.load(resumed.folder)
-        if world.is_main and config.checkpoint.keep_best:
-            checkpoint.mark_best(run_dir, state)
+        if config.checkpoint.keep_best:
+            collectives.on_main(partial(checkpoint.mark_best, run_dir, state))
         say_once(f"resumed from {resumed.folder}: {state.step:,} of {plan.num_steps:,} steps are done")
     else:
         _say_advice(config, selection, plan, engine.num_parameters, say_once)

@@ -103,9 +103,11 @@ class TopTable:
             parts = [Part(int(part["num_rows"]), float(part["tail_mass"])) for part in tree["parts"]]
             self._maps = [_mapped(folder, number, part.num_rows, self.k) for number, part in enumerate(parts)]
             self._first = np.load(folder / _FIRST, mmap_mode="r")
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            theirs = dict(tree["identity"])
+            if not parts:
+                raise ValueError("it has no parts")
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise StorageError(f"{folder}: cannot be used ({error}); delete it, and it is made anew") from None
-        theirs = tree["identity"]
         differing = sorted(key for key in theirs.keys() | identity.keys() if theirs.get(key) != identity.get(key))
         if differing:
             raise StorageError(
@@ -114,10 +116,12 @@ class TopTable:
             )
         self._ends = np.cumsum([part.num_rows for part in parts])
         self.num_rows = int(self._ends[-1])
-        self.mean_tail_mass = sum(part.tail_mass for part in parts) / self.num_rows
+        self.mean_tail_mass = sum(part.tail_mass for part in parts) / max(self.num_rows, 1)
 
     def rows(self, example: int, num_targets: int) -> TopLogprobs:
         """Of the targets of an example, not copied from the mapped files."""
+        if not num_targets:  # of one with a label alone
+            return TopLogprobs(np.zeros((0, self.k), np.int32), np.zeros((0, self.k + 1), np.float32))
         first = int(self._first[example])
         if first < 0:
             raise StorageError(f"{self.folder}: holds nothing of example {example:,}; delete it, and it is made anew")

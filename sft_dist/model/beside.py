@@ -114,6 +114,12 @@ def _continue(causal_lm: Any, names: list[str], stored: StoredTensors, config: R
         )
     parameters = dict(causal_lm.named_parameters())
     for name in names:
+        shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
+        if stored.shapes.get(name) != shape:
+            raise ConfigError(
+                f"model.path: {config.model.path}: its head beside the language model's has no {name} of the shape "
+                f"{shape} (there is {stored.shapes.get(name)}); give a whole model folder, or one without a head"
+            )
         value = torch.empty(stored.shapes[name])
         stored.read(name, value.view(-1), start=0)
         with torch.no_grad():

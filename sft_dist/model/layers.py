@@ -49,13 +49,14 @@ def ask_for_input_gradients(layers: Sequence[nn.Module]) -> None:
     """
     for layer in layers:
         if any(parameter.requires_grad for parameter in layer.parameters()):
-            layer.register_forward_pre_hook(_ask_for_input_gradient)
+            layer.register_forward_pre_hook(_ask_for_input_gradient, with_kwargs=True)
 
 
-def _ask_for_input_gradient(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """`arguments`: the hidden states come first."""
-    if torch.is_grad_enabled() and not arguments[0].requires_grad:
-        arguments[0].requires_grad_()
+def _ask_for_input_gradient(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """The hidden states come first, or by their name."""
+    hidden = arguments[0] if arguments else named.get("hidden_states")
+    if torch.is_grad_enabled() and isinstance(hidden, torch.Tensor) and not hidden.requires_grad:
+        hidden.requires_grad_()
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:

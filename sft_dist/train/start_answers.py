@@ -69,7 +69,7 @@ def kept(
     size = (
         f"{num_targets:,} targets x {bytes_per_target(k):,} bytes, {num_targets * bytes_per_target(k) / _GIB:,.2f} GiB"
     )
-    if not collectives.on_main(folder.exists):
+    if not collectives.on_main(lambda: os.path.exists(folder)):  # False where it cannot be told: making it tells why
         say_once(
             f"anchor.kl_top_k: computing the {k:,} likeliest tokens of the model at its start ({size}) in {folder}"
         )
@@ -83,13 +83,13 @@ def kept(
 
 
 def _drawn(selection: Selection, plan: Plan) -> Int64:
-    """Numbers of the examples that any step trains on, ascending; looked for until all are known."""
+    """Numbers of the examples with targets that any step trains on, ascending; looked for until all are known."""
     is_drawn = np.zeros(len(selection), np.bool_)
     for step in range(plan.num_steps):
         is_drawn[[index for pack in plan.packs(step) for index in pack]] = True
         if step >= plan.steps_per_epoch - 1 and is_drawn[selection.mass > 0].all():
             break
-    return np.flatnonzero(is_drawn)
+    return np.flatnonzero(is_drawn & (selection.num_targets > 0))
 
 
 def _identity(selection: Selection, wanted: Int64, facts: Mapping[str, Any], k: int) -> dict[str, Any]:

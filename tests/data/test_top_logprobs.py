@@ -88,3 +88,27 @@ def test_an_example_that_was_not_asked_for_is_not_there(tmp_path: Path) -> None:
     assert first.tolist() == [0, -1]
     with pytest.raises(StorageError, match="nothing of example 1"):
         TopTable(tmp_path / "top", IDENTITY).rows(1, 3)
+
+
+@pytest.mark.parametrize("counts", [[3, 0], [0, 0]])
+def test_an_example_with_a_label_alone_has_no_rows_wherever_it_lies(tmp_path: Path, counts: list[int]) -> None:
+    write(tmp_path / "made", counts, [0, 1], 2, k=2)
+    table = TopTable(tmp_path / "made", IDENTITY)
+    found = table.rows(1, 0)
+    assert found.ids.shape == (0, 2) and found.logprobs.shape == (0, 3)
+    assert 0 <= table.mean_tail_mass <= 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"identity": None}, {"identity": ...}, {"parts": []}, {"parts": [{}]}, {"first": b""}]
+)
+def test_damage_of_any_part_is_refused_with_what_to_do(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = tmp_path / "made"
+    write(folder, [3], [0], 1, k=2)
+    if "first" in change:
+        (folder / "first.npy").write_bytes(b"")
+    else:
+        tree = json.loads((folder / "manifest.json").read_text()) | change
+        (folder / "manifest.json").write_text(json.dumps({k: v for k, v in tree.items() if v is not ...}))
+    with pytest.raises(StorageError, match="delete it, and it is made anew"):
+        TopTable(folder, IDENTITY)
