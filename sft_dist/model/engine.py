@@ -4,7 +4,6 @@ The only module (with model/zero.py) that imports deepspeed. What the run file d
 DeepSpeed file decides as well is an error that names both.
 """
 
-import ctypes
 import fnmatch
 import gc
 import json
@@ -13,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from sft_dist.model import (
     classifier,
     fused_head,
     groups,
+    heap,
     interpolation,
     loading,
     resharding,
@@ -281,6 +281,8 @@ class Engine:
     def step(self) -> tuple[bool, float]:
         """Clip and update. Returns whether DeepSpeed applied the step, and the gradient norm before clipping."""
         self._engine.step()
+        if self.device.type == "cpu":
+            heap.trim()
         return bool(self._engine.was_step_applied()), float(self._engine.get_global_grad_norm())
 
     def _in_reference(self) -> anchor.Pretrained | None:
@@ -376,8 +378,7 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        with suppress(OSError, AttributeError):  # glibc keeps freed memory of loader threads otherwise
-            ctypes.CDLL(None).malloc_trim(0)
+        heap.trim()
 
     def capture(self) -> Snapshot:
         """This rank's files of a checkpoint, as DeepSpeed lays them out; their tensors are those that training changes.
