@@ -172,13 +172,14 @@ def _config(options: argparse.Namespace) -> "RunConfig":
 def _language_model(options: argparse.Namespace) -> "RunConfig":
     """A run file for verbs that know nothing of prediction heads; some pass over one beside the language model's."""
     config = _config(options)
-    passes = config.head.is_beside and options.verb in ("inspect", "score", "evaluate")
-    if config.head.kind != "none" and not passes:
+    beside = ("inspect", "score", "evaluate")
+    if config.head.kind != "none" and not (config.head.is_beside and options.verb in beside):
         from sft_dist.errors import UsageError
 
+        verbs = ("prepare", "check", "train", "predict", *(beside if config.head.is_beside else ()))
         raise UsageError(
-            f"{options.verb}: not known for a prediction head (head.kind: {config.head.kind}); the verbs for heads are "
-            "prepare, check, train, predict and export"
+            f"{options.verb}: not known for a prediction head (head.kind: {config.head.kind}); the verbs for heads "
+            f"like this one are {', '.join(verbs)} and export"
         )
     return config
 

@@ -1,7 +1,7 @@
 """The verb `train`: from a run file to a tuned model's checkpoints, resuming by itself."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,17 @@ from sft_dist.preparation import (
 if TYPE_CHECKING:
     from sft_dist.distributed.beats import Process
     from sft_dist.distributed.watchdog import Watchdog
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """What a run is about, known before any process group exists."""
+
+    train: Selection
+    plan: Plan
+    heldout: Selection | None
+    retention: Selection | None
+    model_config: Any  # of transformers
 
 
 def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False) -> ExitCode:
@@ -69,31 +80,35 @@ def _train(config: RunConfig, world: World, share: Share, with_profile: bool) ->
     from sft_dist.model import beside, loading
     from sft_dist.session import close_session, open_session
 
-    if config.head.is_beside:
+    if config.head.is_beside:  # first: that rows are too long for an encoder would send people the wrong way
         beside.check_decoder(config, loading.load_config(config.model, max_length=2))
+    model_config = loading.load_config(config.model, config.data.max_length)
     # Before any process group exists, so that no collective waits for a tokeniser.
     config = with_labels(config, share)
     selection, plan = training_set(config, share)
-    heldout, retention = heldout_set(config, share), retention_set(config, share)
+    sets = Sets(selection, plan, heldout_set(config, share), retention_set(config, share), model_config)
     run_dir = Path(config.run_dir)
     if world.is_main:
-        others = {"heldout": heldout, "retention": retention}
-        sets = {"train": selection} | {name: found for name, found in others.items() if found is not None}
-        say_left_out(sets, config)
-        if heldout is not None:
-            say_overlap(selection, heldout)
-        if retention is not None:
-            say_retention_overlap(selection, retention)
-        write_left_out(sets, run_dir / "left_out.jsonl")
+        _say_sets(sets, config, run_dir)
         _say_plan(config, world, plan)
-    model_config = loading.load_config(config.model, config.data.max_length)
     with open_session(world, config.watchdog, partial(_write_failure, run_dir)) as watchdog:
-        result = _with_group(config, world, selection, plan, heldout, retention, model_config, watchdog, with_profile)
+        result = _with_group(config, world, sets, watchdog, with_profile)
         watchdog.enter("the end")
         if world.is_main:
             _write_results(run_dir, result)
         close_session()
     return result.exit_code
+
+
+def _say_sets(sets: Sets, config: RunConfig, run_dir: Path) -> None:
+    others = {"heldout": sets.heldout, "retention": sets.retention}
+    selections = {"train": sets.train} | {name: found for name, found in others.items() if found is not None}
+    say_left_out(selections, config)
+    if sets.heldout is not None:
+        say_overlap(sets.train, sets.heldout)
+    if sets.retention is not None:
+        say_retention_overlap(sets.train, sets.retention)
+    write_left_out(selections, run_dir / "left_out.jsonl")
 
 
 def _write_results(run_dir: Path, result: Any) -> None:
@@ -114,17 +129,7 @@ def _write_results(run_dir: Path, result: Any) -> None:
     say(f"{result.reason} at step {result.state.step:,}; everything lies in {run_dir}")
 
 
-def _with_group(
-    config: RunConfig,
-    world: World,
-    selection: Selection,
-    plan: Plan,
-    heldout: Selection | None,
-    retention: Selection | None,
-    model_config: Any,
-    watchdog: "Watchdog",
-    with_profile: bool,
-) -> Any:
+def _with_group(config: RunConfig, world: World, sets: Sets, watchdog: "Watchdog", with_profile: bool) -> Any:
     from sft_dist.distributed import collectives, preflight
     from sft_dist.model import engine as engines
     from sft_dist.session import print_from_main
@@ -135,7 +140,7 @@ def _with_group(
     from sft_dist.train.metrics import Metrics
     from sft_dist.train.profiling import Profile
 
-    run_dir = Path(config.run_dir)
+    run_dir, selection, plan = Path(config.run_dir), sets.train, sets.plan
     # By it ranks deal packs among themselves: where they differed, samples would be missed and others taken twice.
     collectives.check_same({"cost of packs (config.json)": plan.cost_model} | preflight.versions())
     print_once = print_from_main(world)
@@ -144,8 +149,8 @@ def _with_group(
         watchdog.move()  # what takes long says so now and then
         print_once(line)
 
-    heldout_data = None if heldout is None else heldout.dataset
-    facts = collectives.on_main(lambda: contract.facts(config, selection.dataset, heldout_data, model_config, plan))
+    heldout = None if sets.heldout is None else sets.heldout.dataset
+    facts = collectives.on_main(lambda: contract.facts(config, selection.dataset, heldout, sets.model_config, plan))
     facts = files.masked(facts)  # as a manifest has them
     resumed = _resumed_from(config, world, say_once)
     if resumed is not None:
@@ -155,20 +160,7 @@ def _with_group(
     if world.is_main:
         files.write_json(run_dir / rundir.CONFIG, rundir.portable(config))
     watchdog.enter("loading the model")
-    lost = None if resumed is None else contract.start_lost(resumed.manifest, facts)
-    # Adapters are no part of θ̂, and nothing else moves; nor is a head that replaces what the files hold.
-    is_plain = config.adapter.kind == "none" and not config.head.is_in_place
-    measures = config.anchor.drift != "never" and lost is None and is_plain
-    # No checkpoint holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
-    needs_start = resumed is None or config.anchor.decay > 0 or config.anchor.kl > 0
-    initial = None
-    try:
-        initial = initial_weights(config, say_once) if needs_start or measures else None
-    except (ConfigError, StorageError) as error:
-        if needs_start:
-            raise
-        measures = False
-        say_once(f"warning: the drift is not measured: {error}")
+    initial, measures = _start(config, resumed, facts, say_once)
     engine = engines.training_engine(config, world, initial)
     pretrained = start_to_measure(engine, config, initial, say_once) if measures else None
     engine.on_forward(watchdog.move)
@@ -177,11 +169,11 @@ def _with_group(
         watchdog.enter("keeping what θ̂ says")
         selection = start_answers.kept(selection, plan, engine, config, facts, world, say_once)
     state = checkpoint.TrainState()
-    kept = Retention(retention) if retention is not None else None
+    kept = Retention(sets.retention) if sets.retention is not None else None
     if resumed is not None:
         state = _state_of(resumed, facts, say_once)
         # As long as the engine holds the pre-trained weights.
-        state = _with_starting_nll(state, kept, engine, resumed, facts, config, world)
+        state = _with_starting_nll(state, kept, engine, resumed, facts, config, world, say_once)
         engine.load(resumed.folder)
         if config.checkpoint.keep_best:
             collectives.on_main(partial(checkpoint.mark_best, run_dir, state))
@@ -192,7 +184,7 @@ def _with_group(
     if selection.top is not None:
         metrics.record("kl_top_k", state.step, **selection.top.as_dict())
     drift = DriftMeter(engine, metrics, pretrained, at_evaluations=config.anchor.drift == "evaluations")
-    planned = plan_heldout(heldout) if heldout is not None else None
+    planned = plan_heldout(sets.heldout) if sets.heldout is not None else None
     profile = Profile(run_dir / "profile", state.step) if with_profile and world.is_main else None
     try:
         run = Run(
@@ -201,6 +193,31 @@ def _with_group(
         return run.train()
     finally:
         metrics.close()
+
+
+def _start(
+    config: RunConfig, resumed: Any, facts: dict[str, Any], say_once: Callable[[str], None]
+) -> tuple[Path | None, bool]:
+    """The checkpoint whose weights training begins with, where it needs them, and whether drift is measured from there.
+
+    No checkpoint of a run holds θ̂: who needs it begins where the run began, and then takes the checkpoint's weights.
+    """
+    from sft_dist.train import contract
+
+    lost = None if resumed is None else contract.start_lost(resumed.manifest, facts)
+    # Adapters are no part of θ̂, and nothing else moves; nor is a head that replaces what the files hold.
+    is_plain = config.adapter.kind == "none" and not config.head.is_in_place
+    measures = config.anchor.drift != "never" and lost is None and is_plain
+    needs_start = resumed is None or config.anchor.decay > 0 or config.anchor.kl > 0
+    if not (needs_start or measures):
+        return None, False
+    try:
+        return initial_weights(config, say_once), measures
+    except (ConfigError, StorageError) as error:
+        if needs_start:
+            raise
+        say_once(f"warning: the drift is not measured: {error}")
+        return None, False
 
 
 def _state_of(resumed: Any, facts: dict[str, Any], say_once: Callable[[str], None]) -> Any:
@@ -213,21 +230,27 @@ def _state_of(resumed: Any, facts: dict[str, Any], say_once: Callable[[str], Non
 
 
 def _with_starting_nll(
-    state: Any, kept: Any, engine: Any, resumed: Any, facts: dict[str, Any], config: RunConfig, world: World
+    state: Any,
+    kept: Any,
+    engine: Any,
+    resumed: Any,
+    facts: dict[str, Any],
+    config: RunConfig,
+    world: World,
+    say_once: Callable[[str], None],
 ) -> Any:
     """The state with the NLL at step 0 of retention sources that are new, by an engine with the pre-trained weights.
 
     Sources that changed or went are forgotten; what a run that started from other weights would have to tell stays
     unknown. A collective.
     """
-    from sft_dist.session import print_from_main
     from sft_dist.train.evaluate import heldout_details
 
     state = replace(state, retention=() if kept is None else kept.comparable(state.retention))
     missing = [] if kept is None else kept.missing(state.retention)
     if not missing:
         return state
-    say_once, new = print_from_main(world), f"data.retention: {', '.join(missing)}: new since the run began; "
+    new = f"data.retention: {', '.join(missing)}: new since the run began; "
     if resumed.manifest["weights"] != facts["weights"] or resumed.manifest["config"].get("model.init_from"):
         say_once(f"{new}its NLL before is not known, since model.path does not hold the weights of step 0")
         return state

@@ -324,16 +324,16 @@ def _softmax(
     logits: Tensor, targets: Tensor, *, with_top: bool, with_mean: bool, apart: Tensor | None = None
 ) -> _Softmax:
     """Overwrites `logits`. `apart`: int64 [C, k], tokens that are kept apart from all others."""
-    is_top = None
+    is_top = top = None
     if with_top:
         top, places = logits.max(-1, keepdim=True)
         is_top = (places[:, 0] == targets).to(logits.dtype)
-    else:
-        top = logits.amax(-1, keepdim=True)
     of_target = logits.gather(-1, targets[:, None])[:, 0]
     mean = logits.mean(-1) if with_mean else None
     outcomes = None
     if apart is None:
+        if top is None:
+            top = logits.amax(-1, keepdim=True)
         exponentials = logits.sub_(top).exp_()
         total = exponentials.sum(-1)
         log_normaliser = top[:, 0] + total.log()
