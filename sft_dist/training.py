@@ -46,18 +46,22 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
     With a profile, rank 0 writes a trace of a few steps to RUN_DIR/profile.
     """
     from sft_dist.train import goodput, rundir
+    from sft_dist.train.lock import signals_held
 
     world = find_world(env)
     run_dir = Path(config.run_dir)
-    lock = rundir.take(run_dir) if world.is_main else None
-    if lock is not None:
-        goodput.begin(run_dir)
+    lock = None
     try:
+        if world.is_main:
+            with signals_held():
+                lock = rundir.take(run_dir)
+                goodput.begin(run_dir)
         exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
         if lock is not None:
-            _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
-            lock.release()
+            with signals_held():  # the first one is told, a second one does not interrupt the telling
+                _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
+                lock.release()
         raise
     if lock is not None:
         lock.release()

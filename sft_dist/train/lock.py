@@ -13,11 +13,12 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from sft_dist.errors import ClusterError, StorageError, say
 from sft_dist.train.files import write_json
 
 _LOCK, _NOTE = "run.lock", "run.lock.json"
+_STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -135,7 +137,8 @@ class RunLock:
         first = _beat_of(self._run_dir)
         deadline = time.monotonic() + self._stale_after_s
         while time.monotonic() < deadline:
-            time.sleep(self._heartbeat_s / 5)
+            with _signals_masked(signal.SIG_UNBLOCK):
+                time.sleep(self._heartbeat_s / 5)
             if _beat_of(self._run_dir) != first:
                 return None
         return f"it has given no sign for {self._stale_after_s:.0f} s"
@@ -150,6 +153,23 @@ class RunLock:
 
     def _refusal(self, holder: Holder | None) -> ClusterError:
         return ClusterError(f"run_dir: {self._run_dir} is in use by another run ({holder or 'unknown'})")
+
+
+def signals_held() -> AbstractContextManager[None]:
+    """Signals that ask for a stop come when this is left, and not between taking a folder and knowing that it is held.
+
+    Listening for another holder, which takes long, lets them through.
+    """
+    return _signals_masked(signal.SIG_BLOCK)
+
+
+@contextmanager
+def _signals_masked(how: int) -> Iterator[None]:
+    before = signal.pthread_sigmask(how, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_held(run_dir: Path, by: tuple[str, int] | None = None) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_dist.train import checkpoint
+from sft_dist.train.lock import Holder
 from tests.end_to_end.conftest import Place
 from tests.helpers import oracle
 from tests.helpers.conversations import make_records, write_jsonl
@@ -383,12 +385,34 @@ def test_a_signal_before_the_first_step_leaves_an_outcome(place: Place) -> None:
     )
     deadline = time.monotonic() + 60
     while not (run_dir / "run.lock.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+        pass  # no sleep: the signal is to come while the folder is being taken
     run.send_signal(signal.SIGUSR1)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGUSR1, said
     assert "stopped by SIGUSR1" in said and "Traceback" not in said
     assert place.outcome("early")["exit_code"] == run.returncode
+
+
+def test_a_signal_ends_the_wait_for_another_holder(place: Place) -> None:
+    run_dir = place.folder / "elsewhere"
+    run_dir.mkdir()
+    note = json.dumps(asdict(Holder("elsewhere", 1, "another boot", "another namespace", 1)))
+    (run_dir / "run.lock.json").write_text(note)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "sft_dist", "train", str(place.run_file), f"run_dir={run_dir}"],
+        env=rank_environment(0, 1, free_port()),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stderr is not None
+        line = next(line for line in run.stderr if "run_dir:" in line)
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=30)[1]  # it would listen for 60 s
+    finally:
+        run.kill()
+    assert "listening" in line and run.returncode == 128 + signal.SIGTERM, said
+    assert (run_dir / "run.lock.json").read_text() == note and not (run_dir / "outcome.json").exists()
 
 
 def test_a_closed_terminal_costs_no_checkpoint(place: Place) -> None:
