@@ -50,7 +50,8 @@ def main() -> None:
         place = Path(name)
         result = {
             "date": date.today().isoformat(),
-            "command": f"python benchmarks/scoring.py --data {options.data.name} --model {options.model.name}",
+            "command": f"python benchmarks/scoring.py --data {options.data.name} --model {options.model.name} "
+            f"--sizes {' '.join(map(str, options.sizes))}",
             "cores": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
             "versions": {package: version(package) for package in ("torch", "transformers", "deepspeed")},

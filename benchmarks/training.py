@@ -36,6 +36,7 @@ ROOT = HERE.parent
 RANKS = 2
 LEARNING_RATE = 1e-5
 DISCARDED = 2
+LONGEST = 8_192
 LOSS_BOUND = 1e-3  # nats: same weights and tokens, another order of sums
 
 Way = Literal["sft-dist", "plain", "trl"]
@@ -85,11 +86,18 @@ class Batches:
 
 
 def cases(lengths: Sequence[int], *, main: int, steps: int, curve_steps: int, has_trl: bool) -> list[Case]:
-    """All ways with and without recomputation at the main length; without it along the curve."""
+    """All ways with and without recomputation at the main length, then with it along the curve, longest last.
+
+    Without it, packs of 4,096 take more memory than a laptop has. A step of the longest packs takes minutes, in which
+    the start of the first one does not count.
+    """
     ways: list[Way] = ["sft-dist", "trl", "plain"] if has_trl else ["sft-dist", "plain"]
     table = [Case(way, main, recompute, steps, DISCARDED) for recompute in (True, False) for way in ways]
     table += [Case("sft-dist", main, recompute, steps, DISCARDED, compiled=True) for recompute in (True, False)]
-    return table + [Case(way, length, False, curve_steps, 1) for length in lengths if length != main for way in ways]
+    for length in sorted(set(lengths) - {main}):
+        discarded = 1 if length < LONGEST else 0
+        table += [Case(way, length, True, curve_steps + discarded, discarded) for way in ways]
+    return table
 
 
 def write_run_file(options: argparse.Namespace, place: Path, case: Case) -> Path:
@@ -290,14 +298,21 @@ def say(row: dict[str, Any]) -> None:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Ours over each other way of the same length and recomputation, and ours without over TRL with it."""
+    """Ours over each other way of the same length and recomputation, and ours without over theirs with it.
+
+    Shared machines change their speed by the minute: hence also at the matrix rate measured before each way.
+    """
     by_case = {(row["way"], row["length"], row["recompute"], row["compiled"]): row for row in rows}
     found: dict[str, dict[str, float]] = {}
 
     def compare(ours: dict[str, Any], other: dict[str, Any], label: str) -> None:
         speed = ours["target_tokens_per_s"] / other["target_tokens_per_s"]
         memory = ours["peak_gib"] / other["peak_gib"]
-        found[label] = {"target tokens per second": round(speed, 3), "peak memory": round(memory, 3)}
+        found[label] = {
+            "target tokens per second": round(speed, 3),
+            "at equal matrix rate": round(speed * other["gflops_per_core"] / ours["gflops_per_core"], 3),
+            "peak memory": round(memory, 3),
+        }
 
     for (way, length, recompute, _), row in by_case.items():
         if way == "sft-dist":
@@ -344,22 +359,44 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="packs of 512, no curve, fewer steps")
     parser.add_argument("--lengths", type=int, nargs="*", default=(512, 1_024, 2_048, 4_096, 8_192))
     parser.add_argument("--length", type=int, default=1_024, help="pack length of the table of all ways")
+    parser.add_argument("--curve-only", action="store_true", help="no table")
     parser.add_argument("--steps", type=int, default=6, help=f"of the table; the first {DISCARDED} do not count")
-    parser.add_argument("--curve-steps", type=int, default=2, help="of the curve; the first does not count")
+    parser.add_argument("--curve-steps", type=int, default=1, help="of the curve, those that count")
     parser.add_argument("--timeout", type=float, default=1_200, metavar="SECONDS", help="of one way at one length")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "training.json")
     options = parser.parse_args()
     if options.quick:
         options.length, options.lengths, options.steps = 512, (), 4
-    options.data = options.data.resolve()
+    options.data, options.model = options.data.resolve(), options.model.absolute()
     options.output = options.output.resolve()
     return options
 
 
-def measure(options: argparse.Namespace, planned: list[Case], shape: Shape, place: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def expected_gib(case: Case, rows: list[dict[str, Any]]) -> float | None:
+    """Peak memory of a rank, from how it grew up to half and to a quarter of this length; None where not known."""
+    peaks = {
+        row["length"]: row["peak_gib"] for row in rows if (row["way"], row["recompute"]) == (case.way, case.recompute)
+    }
+    half, quarter = peaks.get(case.length // 2), peaks.get(case.length // 4)
+    return None if half is None or quarter is None else half + 2 * (half - quarter)
+
+
+def measure(
+    options: argparse.Namespace, planned: list[Case], shape: Shape, place: Path, result: dict[str, Any]
+) -> None:
+    """Fill in the rows of the result, and write it after each."""
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = result["rows"]
     prepared: dict[int, Batches] = {}
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     for number, case in enumerate(planned):
+        expected = expected_gib(case, rows)
+        if expected is not None and expected * RANKS > memory_gib:
+            skipped = f"{case.name}: not run; {RANKS} x {expected:.1f} GiB are expected, {memory_gib:.1f} GiB are there"
+            result["not_run"].append(skipped)
+            print(skipped, flush=True)
+            write(result, options.output)
+            continue
         run_file = write_run_file(options, place, case)
         if case.length not in prepared:
             prepared[case.length] = write_batches(run_file, place / f"batches-{case.length}.json")
@@ -376,12 +413,18 @@ def measure(options: argparse.Namespace, planned: list[Case], shape: Shape, plac
             check_losses(ours, row)
         rows.append(row)
         say(row)
-    return rows
+        result["minutes"] = round((time.monotonic() - started) / 60, 1)
+        result["load_average"]["after"] = os.getloadavg()[0]
+        result["ratios"] = ratios(rows)
+        write(result, options.output)
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main() -> None:
     options = parse_args()
-    started, load_before = time.monotonic(), os.getloadavg()[0]
     options.model = get_model(options.model)
     shape = Shape.of(options.model)
     planned = cases(
@@ -391,35 +434,39 @@ def main() -> None:
         curve_steps=options.curve_steps,
         has_trl=options.trl_python is not None,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(options, planned, shape, Path(folder))
-    found = ratios(rows)
-    for label, pair in found.items():
-        print(f"{label}: {pair['target tokens per second']:.2f}x target tokens/s, {pair['peak memory']:.2f}x memory")
-    result = {
+    if options.curve_only:
+        planned = [case for case in planned if case.length != options.length]
+    result: dict[str, Any] = {
         "benchmark": "training against the peers",
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(
             ["python", "benchmarks/training.py", *(Path(argument).name for argument in sys.argv[1:])]
         ),
-        "minutes": round((time.monotonic() - started) / 60, 1),
+        "minutes": 0.0,
         "data": options.data.name,
         "model": f"{options.model.name}: {shape}",
         "ranks": RANKS,
         "threads_per_rank": 1,
         "cores": len(os.sched_getaffinity(0)),
         "cpu": cpu_name(),
-        "load_average": {"before": load_before, "after": os.getloadavg()[0]},
+        "load_average": {"before": os.getloadavg()[0]},
         "python": platform.python_version(),
         "versions": {
             "sft-dist": versions(sys.executable),
             "plain and trl": versions(options.trl_python or sys.executable),
         },
-        "ratios": found,
-        "rows": rows,
+        "ratios": {},
+        "not_run": [],
+        "rows": [],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, planned, shape, Path(folder), result)
+    for label, pair in result["ratios"].items():
+        print(
+            f"{label}: {pair['target tokens per second']:.2f}x target tokens/s "
+            f"({pair['at equal matrix rate']:.2f}x at equal matrix rate), {pair['peak memory']:.2f}x memory"
+        )
     print(f"written to {options.output}")
 
 
