@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import moe
 
 from sft_dist.errors import ConfigError
 from sft_dist.model import attention, kernels
@@ -272,7 +273,13 @@ def test_dropout_is_drawn_and_keeps_conversations_apart() -> None:
 PACKS = [(9, 4), (3, 5, 2, 8), (20, 3, 4), (6, 2, 2, 2, 7, 5)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
+EXPERTS_IN_ONE_GRAPH = pytest.mark.skipif(
+    not hasattr(moe, "_grouped_mm_fallback_bwd"),
+    reason="the experts of this transformers read sizes in their backward where a grouped product is not at hand",
+)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", pytest.param("gpt_oss", marks=EXPERTS_IN_ONE_GRAPH)])
 def test_a_compiled_layer_is_one_graph_whatever_the_pack(model_type: str) -> None:
     torch._dynamo.reset()
     counters.clear()
