@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from sft_dist.data.cost import cost_of_model
+from tests.helpers.flops import of_products
 
 SIZES = {
     "vocab_size": 120,
@@ -45,7 +46,7 @@ def test_flops_are_those_that_torch_counts(num_heads: int) -> None:
         model(torch.arange(length)[None]).logits.sum().backward()
     cost = cost_of_model(config.to_dict())
     square = cost.attention_per_pair * length * length
-    assert _counted(counter) == cost.linear_per_token * length + square + cost.head_per_target * length
+    assert of_products(counter) == cost.linear_per_token * length + square + cost.head_per_target * length
 
 
 def test_flops_of_frozen_weights_are_those_that_torch_counts() -> None:
@@ -57,13 +58,7 @@ def test_flops_of_frozen_weights_are_those_that_torch_counts() -> None:
         model(inputs_embeds=torch.randn(1, length, 32, requires_grad=True)).logits.sum().backward()
     cost = cost_of_model(config.to_dict()).frozen()
     square = cost.attention_per_pair * length * length
-    assert _counted(counter) == cost.linear_per_token * length + square + cost.head_per_target * length
-
-
-def _counted(counter: FlopCounterMode) -> int:
-    """All but the angles of positions, a matrix product in some versions of transformers."""
-    angles = sum(counter.get_flop_counts().get("LlamaForCausalLM.model.rotary_emb", {}).values())
-    return counter.get_total_flops() - angles
+    assert of_products(counter) == cost.linear_per_token * length + square + cost.head_per_target * length
 
 
 CONFIGS = [
