@@ -6,16 +6,15 @@ Imports of verbs happen after the arguments are read: `--help` and mistakes answ
 import argparse
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from sft_dist.errors import ExitCode, Interrupted, UserError, say
+from sft_dist.errors import ExitCode, Interrupted, UserError, exit_code_of, say
 from sft_dist.redaction import RedactedStream, find_secrets
+from sft_dist.signals import ignore_signals, unwind_on_signals
 
 if TYPE_CHECKING:
     from sft_dist.config import RunConfig
@@ -29,31 +28,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     secrets = find_secrets(os.environ)
     # Whoever prints after this, a library or a traceback, prints no secret.
     sys.stdout, sys.stderr = RedactedStream(sys.stdout, secrets), RedactedStream(sys.stderr, secrets)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _interrupt)
+    unwind_on_signals()
     try:
         code = _dispatch(options)
-    except (UserError, Interrupted) as error:
-        rank = os.environ.get("RANK", "0")
-        prefix = "" if rank == "0" else f"[rank {rank}] "
-        say(f"{prefix}{type(error).__name__}: {error}")
-        _leave(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        _leave(130)
-    except BrokenPipeError:
-        _leave(141)
-    except Exception:
-        import traceback
-
-        traceback.print_exc()
-        _leave(ExitCode.BUG)
+    except (Exception, Interrupted, KeyboardInterrupt) as error:
+        ignore_signals()
+        _tell(error)
+        _leave(141 if isinstance(error, BrokenPipeError) else exit_code_of(error))
     _leave(code)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Until training takes over the signals (train/interrupt.py) they unwind the verb, so that it can clean up."""
-    raise Interrupted(signal.Signals(number).name, number)
+def _tell(error: BaseException) -> None:
+    match error:
+        case UserError() | Interrupted():
+            rank = os.environ.get("RANK", "0")
+            prefix = "" if rank == "0" else f"[rank {rank}] "
+            say(f"{prefix}{type(error).__name__}: {error}")
+        case KeyboardInterrupt():
+            say("interrupted")
+        case BrokenPipeError():
+            pass
+        case _:
+            import traceback
+
+            traceback.print_exception(error)
 
 
 def _leave(code: int) -> NoReturn:

@@ -23,6 +23,7 @@ from sft_dist.preparation import (
     with_labels,
     write_left_out,
 )
+from sft_dist.signals import ignore_signals
 
 if TYPE_CHECKING:
     from sft_dist.distributed.beats import Process
@@ -41,27 +42,26 @@ class Sets:
 
 
 def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False) -> ExitCode:
-    """Train until done or asked to stop. Every way out but a kill leaves RUN_DIR/outcome.json, written first.
+    """Train until done or asked to stop. Every way out but a kill, or a second Ctrl-C, leaves RUN_DIR/outcome.json.
 
     With a profile, rank 0 writes a trace of a few steps to RUN_DIR/profile.
     """
     from sft_dist.train import goodput, rundir
-    from sft_dist.train.lock import signals_held
+    from sft_dist.train.lock import RunLock
 
     world = find_world(env)
     run_dir = Path(config.run_dir)
-    lock = None
+    lock = RunLock(run_dir) if world.is_main else None
     try:
-        if world.is_main:
-            with signals_held():
-                lock = rundir.take(run_dir)
-                goodput.begin(run_dir)
+        if lock is not None:
+            rundir.take(lock)
+            goodput.begin(run_dir)
         exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
-        if lock is not None:
-            with signals_held():  # the first one is told, a second one does not interrupt the telling
-                _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
-                lock.release()
+        ignore_signals()
+        if lock is not None and lock.is_held:
+            _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
+            lock.release()
         raise
     if lock is not None:
         lock.release()
@@ -70,12 +70,16 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
 def _write_failure(run_dir: Path, exit_code: int, reason: str, holder: "Process | None" = None) -> None:
     """`holder`: rank 0's process, where another rank writes."""
-    from sft_dist.train import lock, rundir
+    from sft_dist.train import checkpoint, lock, rundir
 
     try:
         # One that was taken over must not speak of the run that has it now.
         lock.check_held(run_dir, None if holder is None else (holder.host, holder.pid))
-        rundir.write_outcome(run_dir, exit_code=exit_code, reason=reason, step=None, checkpoint=_newest(run_dir))
+        try:
+            newest = _newest(run_dir)
+        except checkpoint.Unreadable as error:
+            newest, reason = None, f"{reason}; {error}"
+        rundir.write_outcome(run_dir, exit_code=exit_code, reason=reason, step=None, checkpoint=newest)
     except (UserError, OSError) as error:
         say(f"how the run ended cannot be written to {run_dir}: {error}")
 

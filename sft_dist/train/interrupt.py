@@ -10,9 +10,9 @@ from contextlib import suppress
 from types import FrameType
 
 from sft_dist.distributed.collectives import all_max
+from sft_dist.signals import STOPPING
 from sft_dist.train import deadline
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TIME_LIMIT = 0.5  # below every signal's number: a signal, if there is one, is the reason given
 
 
@@ -29,7 +29,7 @@ class StopRequest:
         self._margin_s = margin_s
         self._asked_at: float | None = None
         self._longest_step_s = 0.0
-        for number in _SIGNALS:
+        for number in STOPPING:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

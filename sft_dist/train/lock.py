@@ -13,12 +13,11 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from sft_dist.errors import ClusterError, StorageError, say
 from sft_dist.train.files import write_json
 
 _LOCK, _NOTE = "run.lock", "run.lock.json"
-_STOPPING = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_LINKS = {errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +58,37 @@ def this_process(env: Mapping[str, str] = os.environ) -> Holder:
 
 
 class RunLock:
-    """Held from its making to `release`. Raises ClusterError naming the other holder, StorageError for the disk."""
+    """Held from `take` to `release`."""
 
     def __init__(
         self, run_dir: Path, *, me: Holder | None = None, heartbeat_s: float = 5.0, stale_after_s: float = 60.0
     ) -> None:
-        self._run_dir = run_dir
+        self.run_dir = run_dir
         self._me = me or this_process()
         self._heartbeat_s, self._stale_after_s = heartbeat_s, stale_after_s
         self._released = threading.Event()
+
+    def take(self) -> None:
+        """Raises ClusterError naming the other holder, StorageError for the disk."""
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.run_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             self._has_flock = self._flock()
             self._take_note()
         except OSError as error:
-            raise StorageError(f"run_dir: {run_dir} cannot be written: {error.strerror or error}") from error
+            raise StorageError(f"run_dir: {self.run_dir} cannot be written: {error.strerror or error}") from error
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process is noted as the holder: from the very moment that others can see it."""
+        return _read(self.run_dir) == self._me
 
     def release(self) -> None:
         self._released.set()
-        if _read(self._run_dir) == self._me:
+        if self.is_held:
             with suppress(OSError):
-                (self._run_dir / _NOTE).unlink(missing_ok=True)
+                (self.run_dir / _NOTE).unlink(missing_ok=True)
         os.close(self._file)
 
     def _flock(self) -> bool:
@@ -90,7 +97,7 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
-            raise self._refusal(_read(self._run_dir)) from None
+            raise self._refusal(_read(self.run_dir)) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
@@ -98,28 +105,39 @@ class RunLock:
         return True
 
     def _take_note(self) -> None:
-        note = self._run_dir / _NOTE
+        note = self.run_dir / _NOTE
         try:
-            with open(note, "x") as file:  # of two that find none, one makes it
-                file.write(json.dumps(asdict(self._me), indent=2))
-                file.flush()
-                os.fsync(file.fileno())
+            self._make(note)
             return
         except FileExistsError:
-            before = _read(self._run_dir)
+            before = _read(self.run_dir)
         gone = self._why_gone(before)
         if gone is None:
             os.close(self._file)
             raise self._refusal(before)
-        say(f"run_dir: {self._run_dir} was held by {before or 'an unknown process'}; {gone}: taken over")
+        say(f"run_dir: {self.run_dir} was held by {before or 'an unknown process'}; {gone}: taken over")
         write_json(note, asdict(self._me), writer=f".{self._me.host}-{self._me.pid}")
         if self._has_flock and before is not None and before.boot == self._me.boot:
             return  # whoever else finds it stale on this machine stands before flock
         # Another one may have found it stale at the same moment: of two notes, the later one stays.
         time.sleep(self._heartbeat_s)
-        if (now := _read(self._run_dir)) != self._me:
+        if (now := _read(self.run_dir)) != self._me:
             os.close(self._file)
             raise self._refusal(now)
+
+    def _make(self, note: Path) -> None:
+        """The note, whole from the first moment; of two that find none, one makes it and one gets FileExistsError."""
+        draft = note.with_name(f"{note.name}.{self._me.host}-{self._me.pid}")
+        write_json(draft, asdict(self._me))
+        try:
+            os.link(draft, note)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(note, "x") as file:
+                file.write(draft.read_text())
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _why_gone(self, holder: Holder | None) -> str | None:
         """Why the holder cannot be running any more, or None when it is."""
@@ -133,13 +151,12 @@ class RunLock:
         return self._why_silent(holder)
 
     def _why_silent(self, holder: Holder | None) -> str | None:
-        say(f"run_dir: {self._run_dir} is noted as held by {holder or 'an unknown process'}: listening for it")
-        first = _beat_of(self._run_dir)
+        say(f"run_dir: {self.run_dir} is noted as held by {holder or 'an unknown process'}: listening for it")
+        first = _beat_of(self.run_dir)
         deadline = time.monotonic() + self._stale_after_s
         while time.monotonic() < deadline:
-            with _signals_masked(signal.SIG_UNBLOCK):
-                time.sleep(self._heartbeat_s / 5)
-            if _beat_of(self._run_dir) != first:
+            time.sleep(self._heartbeat_s / 5)
+            if _beat_of(self.run_dir) != first:
                 return None
         return f"it has given no sign for {self._stale_after_s:.0f} s"
 
@@ -147,29 +164,12 @@ class RunLock:
         while not self._released.wait(self._heartbeat_s):
             # A file system that fails now and then must not stop the heart.
             with suppress(OSError):
-                if _read(self._run_dir) != self._me:
+                if _read(self.run_dir) != self._me:
                     return  # `check_held` tells it before anything is published
-                os.utime(self._run_dir / _NOTE)
+                os.utime(self.run_dir / _NOTE)
 
     def _refusal(self, holder: Holder | None) -> ClusterError:
-        return ClusterError(f"run_dir: {self._run_dir} is in use by another run ({holder or 'unknown'})")
-
-
-def signals_held() -> AbstractContextManager[None]:
-    """Signals that ask for a stop come when this is left, and not between taking a folder and knowing that it is held.
-
-    Listening for another holder, which takes long, lets them through.
-    """
-    return _signals_masked(signal.SIG_BLOCK)
-
-
-@contextmanager
-def _signals_masked(how: int) -> Iterator[None]:
-    before = signal.pthread_sigmask(how, _STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return ClusterError(f"run_dir: {self.run_dir} is in use by another run ({holder or 'unknown'})")
 
 
 def check_held(run_dir: Path, by: tuple[str, int] | None = None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_dist.config import RunConfig
-from sft_dist.errors import ConfigError
+from sft_dist.errors import ConfigError, StorageError
 from sft_dist.redaction import MASK
 from sft_dist.train import goodput
 from sft_dist.train.checkpoint import checkpoints_dir
@@ -17,16 +17,18 @@ OUTCOME = "outcome.json"
 SUMMARY = "summary.json"
 
 
-def take(run_dir: Path) -> RunLock:
+def take(lock: RunLock) -> None:
     """Take hold of a run folder for a new run in it: what an earlier one left half-done goes.
 
     Raises ClusterError when another run holds it, StorageError when it cannot be written.
     """
-    lock = RunLock(run_dir)
-    checkpoints_dir(run_dir).mkdir(exist_ok=True)
-    (run_dir / OUTCOME).unlink(missing_ok=True)
-    sweep_temporaries(run_dir)
-    return lock
+    lock.take()
+    try:
+        (lock.run_dir / OUTCOME).unlink(missing_ok=True)
+        checkpoints_dir(lock.run_dir).mkdir(exist_ok=True)
+        sweep_temporaries(lock.run_dir)
+    except OSError as error:
+        raise StorageError(f"run_dir: {error.filename or lock.run_dir}: {error.strerror or error}") from error
 
 
 def write_outcome(

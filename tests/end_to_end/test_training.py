@@ -375,22 +375,39 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(place: Place) -> None:
     assert outcome["checkpoint"].endswith(f"step-{outcome['step']:08d}")
 
 
-def test_a_signal_before_the_first_step_leaves_an_outcome(place: Place) -> None:
-    run_dir = place.folder / "early"
+@pytest.mark.parametrize("seen", ["run.lock.json", "config.json"])
+def test_signals_before_the_first_step_leave_an_outcome(place: Place, seen: str) -> None:
+    """As the folder is taken and as the model is loaded; the first one is told, whatever threads libraries have."""
+    run_dir = place.folder / f"early-{seen}"
     run = subprocess.Popen(
         [sys.executable, "-m", "sft_dist", "train", str(place.run_file), f"run_dir={run_dir}"],
-        env=rank_environment(0, 1, free_port()),
+        env=rank_environment(0, 1, free_port()) | {"OMP_NUM_THREADS": "2"},
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (run_dir / "run.lock.json").exists() and time.monotonic() < deadline:
+    while not (run_dir / seen).exists() and time.monotonic() < deadline:
         pass  # no sleep: the signal is to come while the folder is being taken
     run.send_signal(signal.SIGUSR1)
+    time.sleep(0.002)
+    run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGUSR1, said
     assert "stopped by SIGUSR1" in said and "Traceback" not in said
-    assert place.outcome("early")["exit_code"] == run.returncode
+    outcome = place.outcome(run_dir.name)
+    assert outcome["exit_code"] == run.returncode and "SIGUSR1" in outcome["reason"]
+    assert not (run_dir / "run.lock.json").exists()
+
+
+def test_a_folder_that_cannot_be_used_does_not_keep_the_outcome_of_an_earlier_run(place: Place) -> None:
+    run_dir = place.folder / "unusable"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("no folder")
+    (run_dir / "outcome.json").write_text('{"exit_code": 75}')
+    refused = place.train("unusable", ranks=1)
+    assert refused[0].returncode == 74 and "Traceback" not in refused[0].stdout
+    assert place.outcome("unusable")["exit_code"] == 74 and "checkpoints" in place.outcome("unusable")["reason"]
+    assert not (run_dir / "run.lock.json").exists()
 
 
 def test_a_signal_ends_the_wait_for_another_holder(place: Place) -> None:

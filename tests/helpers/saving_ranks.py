@@ -27,6 +27,7 @@ from sft_dist.model.engine import Engine
 from sft_dist.model.snapshot import Snapshot
 from sft_dist.train import checkpoint, rundir
 from sft_dist.train.checkpoint import TrainState
+from sft_dist.train.lock import RunLock
 from sft_dist.train.metrics import Metrics
 from sft_dist.train.saver import Saver
 
@@ -158,7 +159,9 @@ def _see_late(seconds: float) -> None:
 
 
 def _work(job: Job, world: World) -> None:
-    lock = rundir.take(job.run_dir) if world.is_main else None
+    lock = RunLock(job.run_dir) if world.is_main else None
+    if lock is not None:
+        rundir.take(lock)
     start(world, on_gpu=False, timeout_s=20)
     say_once = say if world.is_main else (lambda line: None)
     resumed = checkpoint.newest_valid(job.run_dir, world, say_once)

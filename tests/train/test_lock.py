@@ -26,10 +26,16 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from sft_dist.train.lock import RunLock
-RunLock(Path(sys.argv[1]))
+RunLock(Path(sys.argv[1])).take()
 print("held", flush=True)
 time.sleep(60)
 """
+
+
+def hold(run_dir: Path, *, me: Holder | None = None, heartbeat_s: float = 5.0, stale_after_s: float = 60.0) -> RunLock:
+    taken = RunLock(run_dir, me=me, heartbeat_s=heartbeat_s, stale_after_s=stale_after_s)
+    taken.take()
+    return taken
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def note(run_dir: Path, holder: Holder) -> None:
 
 def test_the_second_of_two_is_refused_by_the_name_of_the_first(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     with pytest.raises(ClusterError, match=f"in use by another run .*process {holder.pid}"):
-        RunLock(tmp_path)
+        hold(tmp_path)
     assert ClusterError.exit_code == 69
 
 
@@ -75,13 +81,13 @@ def test_a_killed_holder_blocks_nobody(
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     started = time.monotonic()
-    taken = RunLock(tmp_path)
+    taken = hold(tmp_path)
     assert time.monotonic() - started < 2, "that its process is gone needs no waiting"
     assert f"process {holder.pid}" in (said := capsys.readouterr().err) and "its process is gone: taken over" in said
     lock.check_held(tmp_path)
     taken.release()
     assert not (tmp_path / "run.lock.json").exists()
-    RunLock(tmp_path).release()
+    hold(tmp_path).release()
     assert capsys.readouterr().err == "", "what was released is not taken over"
 
 
@@ -90,17 +96,17 @@ def test_without_flock_a_living_process_of_this_machine_is_found_by_its_number(
     tmp_path: Path, holder: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ClusterError, match=f"process {holder.pid}"):
-        RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=0.5)
+        hold(tmp_path, heartbeat_s=0.05, stale_after_s=0.5)
     holder.kill()
     holder.wait()
-    RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=0.5).release()
+    hold(tmp_path, heartbeat_s=0.05, stale_after_s=0.5).release()
     assert "its process is gone: taken over" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_flock")
 def test_a_number_that_another_process_has_now_is_no_sign_of_life(tmp_path: Path) -> None:
     note(tmp_path, replace(this_process(), started=this_process().started - 1))
-    RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=0.5).release()
+    hold(tmp_path, heartbeat_s=0.05, stale_after_s=0.5).release()
 
 
 def test_a_heart_that_beats_on_another_machine_is_left_alone(tmp_path: Path) -> None:
@@ -118,7 +124,7 @@ def test_a_heart_that_beats_on_another_machine_is_left_alone(tmp_path: Path) -> 
     heart.start()
     try:
         with pytest.raises(ClusterError, match="host node7, process 4711"):
-            RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=5.0)
+            hold(tmp_path, heartbeat_s=0.05, stale_after_s=5.0)
     finally:
         stopped.set()
         heart.join()
@@ -129,7 +135,7 @@ def test_a_heart_that_has_stopped_is_taken_over_after_listening(
 ) -> None:
     note(tmp_path, ELSEWHERE)
     started = time.monotonic()
-    RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=0.5).release()
+    hold(tmp_path, heartbeat_s=0.05, stale_after_s=0.5).release()
     assert 0.5 <= time.monotonic() - started < 3
     said = capsys.readouterr().err
     assert "host node7, process 4711" in said and "no sign" in said and "taken over" in said
@@ -140,7 +146,7 @@ def test_a_slurm_job_that_was_started_again_needs_no_waiting(tmp_path: Path, res
     note(tmp_path, replace(ELSEWHERE, job="17", restart=0))
     me = replace(this_process(), job="17", restart=restart)
     started = time.monotonic()
-    RunLock(tmp_path, me=me, heartbeat_s=0.05, stale_after_s=1.0).release()
+    hold(tmp_path, me=me, heartbeat_s=0.05, stale_after_s=1.0).release()
     assert (time.monotonic() - started > 1.0) == waits
 
 
@@ -159,7 +165,7 @@ def test_of_many_that_find_a_stale_note_at_once_exactly_one_takes_over(tmp_path:
         ) -> None:
             me = replace(ELSEWHERE, host=f"node{host}", boot=f"boot{host}", job="17", restart=1)
             try:
-                locks.append(RunLock(run_dir, me=me, heartbeat_s=0.3, stale_after_s=1.0))
+                locks.append(hold(run_dir, me=me, heartbeat_s=0.3, stale_after_s=1.0))
             except ClusterError as error:
                 refused.append(str(error))
 
@@ -174,7 +180,7 @@ def test_of_many_that_find_a_stale_note_at_once_exactly_one_takes_over(tmp_path:
 
 
 def test_a_holder_that_was_robbed_in_its_sleep_publishes_nothing(tmp_path: Path) -> None:
-    held = RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=0.5)
+    held = hold(tmp_path, heartbeat_s=0.05, stale_after_s=0.5)
     lock.check_held(tmp_path)
     note(tmp_path, ELSEWHERE)
     with pytest.raises(ClusterError, match="was taken over by host node7, process 4711"):
@@ -185,7 +191,7 @@ def test_a_holder_that_was_robbed_in_its_sleep_publishes_nothing(tmp_path: Path)
 
 
 def test_the_heart_beats_while_it_is_held(tmp_path: Path) -> None:
-    held = RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=0.5)
+    held = hold(tmp_path, heartbeat_s=0.05, stale_after_s=0.5)
     first = (tmp_path / "run.lock.json").stat().st_mtime_ns
     time.sleep(0.3)
     assert (tmp_path / "run.lock.json").stat().st_mtime_ns > first
@@ -195,10 +201,10 @@ def test_the_heart_beats_while_it_is_held(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "a"}', "5"])
 def test_a_note_that_cannot_be_read_is_listened_to_as_well(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.lock.json").write_text(text)
-    RunLock(tmp_path, heartbeat_s=0.05, stale_after_s=0.3).release()
+    hold(tmp_path, heartbeat_s=0.05, stale_after_s=0.3).release()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        RunLock(tmp_path / "file" / "run")
+        hold(tmp_path / "file" / "run")
