@@ -78,7 +78,8 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass: less memory, about a third more work."""
     compile: bool = False
-    """Compile each decoder layer (torch.compile): a minute at the start, fewer and faster kernels after it."""
+    """Compile each decoder layer (torch.compile): a minute at the start, fewer and faster kernels after it. Where a
+    model has attention dropout, attention stays outside the graphs."""
     allow_new_parameters: tuple[str, ...] = ()
     """Name patterns (fnmatch) of parameters that may be absent in the pre-trained files and start at random."""
     trust_remote_code: bool = False

@@ -27,6 +27,7 @@ SPLIT = "sft_dist_split"
 VARLEN = "sft_dist_varlen"
 FLASH = "sft_dist_fa"
 _REGISTERED = {"split": SPLIT, "varlen": VARLEN, "flash": FLASH}
+_PACKED = tuple(_REGISTERED)
 
 # Layer kinds that mix tokens through attention only, so that packed conversations can be isolated.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -55,6 +56,7 @@ class Demands:
     softcap: str | None
     sinks: str | None
     head_dims: frozenset[int]  # of queries and keys, and of values
+    own_code: frozenset[str] = frozenset()  # kernels that the classes of transformers for this model do not call
 
     @classmethod
     def of(cls, model_config: Any, max_length: int) -> "Demands":
@@ -71,12 +73,13 @@ class Demands:
         elif softcap and text.model_type not in _HANDS_OVER_SOFTCAP:
             masked_only = softcap
         sinks = "sinks" if text.model_type == "gpt_oss" else None
-        return cls(masked_only, has_window, softcap, sinks, _head_dims(text))
+        return cls(masked_only, has_window, softcap, sinks, _head_dims(text), _not_called(model_config))
 
     def unmet_by(self, kernel: str, device_type: str, dtype: torch.dtype, flash_version: int | None) -> str | None:
         """What keeps a kernel from this model, in words; None: nothing."""
-        if kernel in ("split", "varlen", "flash") and self.masked_only is not None:
-            return self.masked_only
+        own_code = "the model's class, which computes attention by itself" if kernel in self.own_code else None
+        if kernel in _PACKED and (self.masked_only or own_code):
+            return self.masked_only or own_code
         match kernel:
             case "varlen" | "flash":
                 if device_type != "cuda":
@@ -88,9 +91,21 @@ class Demands:
                 softcap = self.softcap if kernel == "varlen" else None
                 return self.sinks or softcap or varlen.unsupported_head(kernel, flash_version, self.head_dims)
             case "sdpa":
-                return self.sinks or self.softcap
+                return self.sinks or self.softcap or own_code
             case _:
                 return None
+
+
+def _not_called(model_config: Any) -> frozenset[str]:
+    """What the flags say by which transformers refuses an implementation; nothing of classes that it does not know."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    kind = type(model_config)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_MAPPING.get(kind, None)
+    if not isinstance(model, type):
+        return frozenset()
+    sdpa = () if getattr(model, "_supports_sdpa", True) else ("sdpa",)
+    return frozenset([*sdpa, *(() if getattr(model, "_supports_attention_backend", True) else _PACKED)])
 
 
 def _head_dims(text_config: Any) -> frozenset[int]:
@@ -189,10 +204,21 @@ def split_attention(
     if host_cu_seqlens is not None and segment_parents is None and not dropout:
         out, _ = packed_attention(query, key, value, host_cu_seqlens, scale, sliding_window, softcap, s_aux)
         return out, None
-    lengths = [query.shape[2]] if host_cu_seqlens is None else host_cu_seqlens.diff().tolist()
-    parents = segment_parents if segment_parents is not None else (-1,) * len(lengths)
     asked = segments.Options(scale, dropout, sliding_window, softcap, s_aux)
-    return segments.attend(query, key, value, lengths, parents, asked), None
+    return _by_segments(query, key, value, host_cu_seqlens, segment_parents, asked), None
+
+
+@torch.compiler.disable  # it reads lengths on the host: in a graph they would make another one of every row
+def _by_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    host_cu_seqlens: Tensor | None,
+    parents: tuple[int, ...] | None,
+    asked: segments.Options,
+) -> Tensor:
+    lengths = [query.shape[2]] if host_cu_seqlens is None else host_cu_seqlens.diff().tolist()
+    return segments.attend(query, key, value, lengths, parents or (-1,) * len(lengths), asked)
 
 
 def varlen_attention(

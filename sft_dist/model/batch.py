@@ -82,7 +82,7 @@ class Tree:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end. No example at all gives one token without a target: a forward that trains nothing."""
+    """Lay examples end to end. No example at all gives two tokens without a target: a forward that trains nothing."""
     if not examples:
         return _empty()
     ids, targets, turn_ids, positions, weights = [], [], [], [], []
@@ -211,18 +211,18 @@ def _target_rows(targets: Tensor) -> Tensor:
 
 
 def _empty() -> Batch:
-    nothing = torch.zeros(1, 1, dtype=torch.int64)
-    cu_seqlens = _cu_seqlens([1])
+    # Two tokens, not one: torch.compile makes a graph of its own for what has size 1.
+    cu_seqlens = _cu_seqlens([2])
     return Batch(
-        input_ids=nothing,
-        position_ids=nothing,
-        targets=torch.full((1, 1), IGNORE),
-        turn_ids=torch.full((1, 1), -1),
-        weights=torch.zeros(1, 1),
+        input_ids=torch.zeros(1, 2, dtype=torch.int64),
+        position_ids=torch.arange(2)[None],
+        targets=torch.full((1, 2), IGNORE),
+        turn_ids=torch.full((1, 2), -1),
+        weights=torch.zeros(1, 2),
         target_rows=torch.zeros(0, dtype=torch.int64),
         cu_seqlens=cu_seqlens,
         host_cu_seqlens=cu_seqlens,
-        lengths=(1,),
+        lengths=(2,),
         turns=(),
         largest_id=0,
     )

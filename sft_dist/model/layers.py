@@ -12,6 +12,8 @@ from torch import nn
 
 from sft_dist.model import zero
 
+_MOST_GRAPHS = 64
+
 
 def decoder_layers(causal_lm: Any) -> list[nn.Module]:
     """The repeated blocks of a causal language model, in the order it holds them; empty where it has none.
@@ -37,6 +39,9 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: str = "inductor") ->
 
     The layers have to be ZeRO-3 leaf modules: hooks inside a graph would break it at every small module.
     """
+    # All layers have one code object: window or none, frozen or not, with gradients or without multiply to more than
+    # the 8 graphs after which dynamo leaves every further kind uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     for layer in layers:
         setattr(layer, "forward", torch.compile(layer.forward, dynamic=True, backend=backend))  # noqa: B010
 

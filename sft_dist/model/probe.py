@@ -86,7 +86,7 @@ def check(engine: Engine, probe: Probe) -> float:
 def plain_logits(model: Any, ids: Sequence[int] | Int32) -> list[float]:
     """The outputs of a prediction head, by the model's own forward on this sequence alone: the oracle."""
     device = next(model.parameters()).device
-    with torch.no_grad():
+    with torch.no_grad(), _uncompiled():
         logits = model(input_ids=torch.tensor([[int(i) for i in ids]], device=device)).logits[0].float()  # [C]
     return [float(value) for value in logits]
 
@@ -95,7 +95,12 @@ def plain_logprobs(causal_lm: Any, ids: Sequence[int] | Int32) -> list[float]:
     """log Pr of every token but the first, by the model's own forward on this sequence alone: the oracle."""
     device = next(causal_lm.parameters()).device
     row = torch.tensor([[int(i) for i in ids]], device=device)  # [1, T]
-    with torch.no_grad():
+    with torch.no_grad(), _uncompiled():
         logits = causal_lm(input_ids=row, use_cache=False).logits[0, :-1].float()  # [T - 1, V]
     picked = logits.log_softmax(-1).gather(-1, row[0, 1:, None])[:, 0]
     return [float(value) for value in picked]
+
+
+def _uncompiled() -> Any:
+    """A context in which compiled layers run as they were written: an oracle, and no graphs for a few forwards."""
+    return torch.compiler.set_stance("force_eager")

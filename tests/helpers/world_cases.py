@@ -25,7 +25,7 @@ from sft_dist.distributed import collectives
 from sft_dist.distributed.world import World, find_world
 from sft_dist.errors import StorageError
 from sft_dist.model import engine as engines
-from sft_dist.model import zero
+from sft_dist.model import probe, zero
 from sft_dist.model.batch import collate
 from sft_dist.model.fused_head import LossTerms
 from sft_dist.model.layers import compile_layers
@@ -177,6 +177,7 @@ def compiled(case: dict[str, Any], folder: Path, world: World) -> dict[str, Any]
     capture = partial(compile_layers, backend="aot_eager")
     with mock.patch.object(engines, "compile_layers", capture):
         engine = engines.training_engine(run_config(case, folder), world, None)
+    probe.plain_logprobs(engine.causal_lm, range(3, 20))  # as before every run; costs no graph
     engine.train()
     answer: dict[str, Any] = {"losses": [], "norms": [], "graphs": []}
     for step, lengths in enumerate(case["packs"]):

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import moe
 
 from sft_dist.errors import ConfigError
-from sft_dist.model import attention, kernels
+from sft_dist.model import attention, kernels, layers
 from sft_dist.model.attention import FLASH, SPLIT, VARLEN, Choice, Demands, choose_attention, decide
 from sft_dist.model.varlen import FlashAttention, flash_keywords, varlen_call
 from tests.model.test_trees import bounds, written_out
@@ -83,12 +83,17 @@ def model_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **common | FAMILIES[model_type])
 
 
-def build(model_type: str, implementation: str, *, experts: str | None = "eager") -> torch.nn.Module:
+def build(
+    model_type: str, implementation: str, *, experts: str | None = "eager", num_layers: int | None = None
+) -> torch.nn.Module:
     """A random model in float64, in which the default `experts` do not compute."""
     attention.register()
     torch.manual_seed(0)
+    config = model_config(model_type)
+    if num_layers is not None:
+        config = type(config)(**config.to_dict() | {"num_hidden_layers": num_layers, "layer_types": None})
     model: torch.nn.Module = AutoModelForCausalLM.from_config(
-        model_config(model_type),
+        config,
         attn_implementation=implementation,
         experts_implementation=experts,
         dtype=torch.float64,
@@ -139,6 +144,38 @@ def test_a_packed_row_of_any_family_equals_each_conversation_alone(model_type: s
             continue
         scale = float(expected[name].grad.abs().max())
         assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-4, atol=2e-5 * max(scale, 1)), name
+
+
+# Families whose classes call no kernel but their own: split cannot be handed to them.
+OWN_CODE = {
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "granite_swa": {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "sliding_window": 5},
+}
+
+
+@pytest.mark.parametrize("model_type", OWN_CODE)
+def test_auto_gives_a_family_a_kernel_that_its_class_calls(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, vocab_size=97, **OWN_CODE[model_type])
+    choice = choose_attention(config, "auto", max(LENGTHS))
+    assert choice.name == "eager" and choice.reason is not None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=choice.name).eval()
+    row = row_of(LENGTHS)
+    conversations = row["input_ids"].split(LENGTHS, 1)
+    with torch.no_grad():
+        packed = model(**row).logits
+        alone = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in conversations], 1)
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+
+def test_what_a_class_does_not_call_is_refused_by_name() -> None:
+    config = AutoConfig.for_model("gptj", **OWN_CODE["gptj"])
+    for kernel in ("split", "sdpa"):
+        with pytest.raises(ConfigError, match=f"{kernel} cannot honour the model's class"):
+            choose_attention(config, kernel, 32)
+    assert attention.for_generation(config) == "eager"
 
 
 def test_families_with_windows_softcaps_or_sinks_would_differ_without_them() -> None:
@@ -304,6 +341,42 @@ def test_a_compiled_layer_is_one_graph_whatever_the_pack(model_type: str) -> Non
         model.zero_grad()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"] and not counters["recompiles"]
+
+
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_every_kind_of_layer_is_compiled_however_many_there_are() -> None:
+    """Windowed or not, frozen or not, trained, evaluated, unpacked: more graphs than dynamo makes unasked."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = build("gemma2", SPLIT, num_layers=4).float()
+    decoder = layers.decoder_layers(model)
+    model.get_input_embeddings().requires_grad_(False)
+    for layer in decoder[:2]:
+        layer.requires_grad_(False)
+    layers.ask_for_input_gradients(decoder)
+    layers.compile_layers(decoder, backend="eager")
+    with torch.no_grad():
+        model(**row_of((5, 6)))
+        model(input_ids=torch.arange(7)[None], use_cache=False)
+    model.train()
+    for lengths in PACKS:
+        model(**row_of(lengths)).logits.sum().backward()
+    assert counters["stats"]["unique_graphs"] > 8
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+def test_attention_dropout_stays_outside_the_graphs() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model = build("gpt2", SPLIT).float().train()
+    for layer in (decoder := layers.decoder_layers(model)):
+        layer.attn.attn_dropout.p = 0.5
+    layers.compile_layers(decoder, backend="eager")
+    found = []
+    for lengths in PACKS:
+        model(**row_of(lengths)).logits.sum().backward()
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] == found[-1] and len(counters["graph_break"]) == 1
 
 
 # The arguments of kernels that run on a GPU only

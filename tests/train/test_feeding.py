@@ -68,7 +68,7 @@ def test_what_is_fed_is_what_the_plan_says(tmp_path: Path, rank: int, size: int,
                 assert [e.sample.conversation_id for e in made.examples] == [
                     selection[index].sample.conversation_id for index in pack
                 ]
-                row = np.concatenate(ids) if pack else np.zeros(1)
+                row = np.concatenate(ids) if pack else np.zeros(2)
                 assert made.batch.input_ids[0].tolist() == row.tolist()
                 num_empty += not pack
     assert num_empty > 0 or size == 1
