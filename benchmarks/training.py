@@ -374,9 +374,8 @@ def parse_args() -> argparse.Namespace:
 
 def expected_gib(case: Case, rows: list[dict[str, Any]]) -> float | None:
     """Peak memory of a rank, from how it grew up to half and to a quarter of this length; None where not known."""
-    peaks = {
-        row["length"]: row["peak_gib"] for row in rows if (row["way"], row["recompute"]) == (case.way, case.recompute)
-    }
+    kind = (case.way, case.recompute, case.compiled)
+    peaks = {row["length"]: row["peak_gib"] for row in rows if (row["way"], row["recompute"], row["compiled"]) == kind}
     half, quarter = peaks.get(case.length // 2), peaks.get(case.length // 4)
     return None if half is None or quarter is None else half + 2 * (half - quarter)
 
@@ -409,8 +408,9 @@ def measure(
             answer = run_other(case, batches, options, place, timeout_s=options.timeout)
         row = figures(case, answer, batches, shape, rate)
         if case.way != "sft-dist" or case.compiled:
-            ours = next(r for r in rows if r["way"] == "sft-dist" and r["length"] == case.length)
-            check_losses(ours, row)
+            ours = next((r for r in rows if r["way"] == "sft-dist" and r["length"] == case.length), None)
+            if ours is not None:
+                check_losses(ours, row)
         rows.append(row)
         say(row)
         result["minutes"] = round((time.monotonic() - started) / 60, 1)

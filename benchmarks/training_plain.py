@@ -92,7 +92,7 @@ def load(options: argparse.Namespace) -> Any:
         lr=options.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=0.0,
-        fused=torch.cuda.is_available(),
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     return engine

@@ -265,7 +265,7 @@ class Classifier(nn.Module):
             module.eval()
         return self
 
-    def forward(self, batch: Batch, *, with_top: bool = False, loss: LossTerms | None = None) -> TokenValues:
+    def forward(self, batch: Batch, *, with_details: bool = False, loss: LossTerms | None = None) -> TokenValues:
         """Logits of the batch's samples [n, C]; with their labels −ℓ as `logprob` and whether the answer is right.
 
         With `loss` also Σ w ℓ. Of a batch without labels there are logits only, and a loss of 0.
@@ -277,7 +277,7 @@ class Classifier(nn.Module):
             return TokenValues(none, none, logits.sum() * 0, logits.detach())
         losses = label_losses(self._kind, logits, batch.labels)  # [n]
         total = (losses * batch.label_weights).sum() if loss is not None else None
-        is_top = _is_right(self._kind, logits, batch.labels).to(logits.dtype) if with_top else None
+        is_top = _is_right(self._kind, logits, batch.labels).to(logits.dtype) if with_details else None
         return TokenValues(-losses.detach(), is_top, total, logits.detach())
 
     def _row(self, batch: Batch) -> dict[str, Any]:

@@ -212,21 +212,21 @@ class Engine:
         assert logits is not None, "a model with a prediction head"
         return logits
 
-    def token_values(self, batch: Batch, *, with_top: bool = False) -> TokenValues:
-        """The log-probs of this rank's batch and, with `with_top`, whether each target is the likeliest token."""
+    def token_values(self, batch: Batch, *, with_details: bool = False) -> TokenValues:
+        """The log-probs of this rank's batch and, with `with_details`, whether each target is the likeliest token."""
         self._check_ids(batch)
-        values: TokenValues = self._engine(batch.to(self.device), with_top=with_top)
+        values: TokenValues = self._engine(batch.to(self.device), with_details=with_details)
         return values
 
-    def loss(self, batch: Batch, terms: LossTerms, *, with_top: bool = False) -> tuple[Tensor, TokenValues]:
+    def loss(self, batch: Batch, terms: LossTerms, *, with_details: bool = False) -> tuple[Tensor, TokenValues]:
         """Σ w ℓ over the targets of this rank's batch, to be given to `backward`, and their `token_values`."""
         self._check_ids(batch)
         own = batch.to(self.device)
         values: TokenValues
         if terms.kl:
-            values = self._engine(own, with_top=with_top, loss=terms, reference=self._answer_of_reference(own))
+            values = self._engine(own, with_details=with_details, loss=terms, reference=self._answer_of_reference(own))
         else:
-            values = self._engine(own, with_top=with_top, loss=terms)
+            values = self._engine(own, with_details=with_details, loss=terms)
         assert values.loss is not None
         return values.loss, values
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _MIB = 2**20
+_ENTROPY_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class TokenValues(NamedTuple):
     loss: Tensor | None = None  # wide [], Σ w ℓ
     logits: Tensor | None = None  # wide [n, C], of a prediction head for each sample of the row
     label_loss: Tensor | None = None  # wide [], Σ W ℓ over the labels of a head beside the language model's
+    entropy: Tensor | None = None  # wide [R], nats: −Σ_v p_v log p_v of the distribution at the target
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:
@@ -95,14 +97,19 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
     return min(max(2048 * _MIB // (4 * vocab_size), 2_048), 8_192)
 
 
-def values(rows: Tensor, targets: Tensor, head: LinearHead, *, with_top: bool = False) -> TokenValues:
-    """Log-probs of targets (int64 [R]) that follow hidden rows ([R, D]), without gradients."""
+def values(rows: Tensor, targets: Tensor, head: LinearHead, *, with_details: bool = False) -> TokenValues:
+    """Log-probs of targets (int64 [R]) that follow hidden rows ([R, D]), without gradients; details on request:
+    `is_top` and `entropy`.
+    """
     with torch.no_grad():
         softmaxes = [
-            _softmax(_logits(rows[chunk], head, buffer), targets[chunk], with_top=with_top, with_mean=False)
+            _softmax(_logits(rows[chunk], head, buffer), targets[chunk], with_details=with_details, with_mean=False)
             for chunk, buffer in _chunks(rows, head)
         ]
-        return TokenValues(_joined([s.logprob for s in softmaxes]), _joined([s.is_top for s in softmaxes]))
+        logprob, is_top, entropy = (
+            _joined([getattr(softmax, name) for softmax in softmaxes]) for name in ("logprob", "is_top", "entropy")
+        )
+        return TokenValues(logprob, is_top, entropy=entropy)
 
 
 def top_logprobs(rows: Tensor, head: LinearHead, k: int) -> TopReference:
@@ -125,7 +132,7 @@ def weighted_loss(
     head: LinearHead,
     terms: LossTerms,
     *,
-    with_top: bool = False,
+    with_details: bool = False,
     reference: Reference | TopReference | None = None,
 ) -> TokenValues:
     """As `values`, and the loss Σ w ℓ with weights [R], which can be differentiated once by rows, weight and bias.
@@ -133,11 +140,11 @@ def weighted_loss(
     R may be 0: a zero that is connected to the graph.
     """
     assert (reference is not None) == bool(terms.kl)
-    loss, logprob, is_top = _WeightedLoss.apply(
-        rows, head.weight, head.bias, targets, weights, head.transform, terms, with_top, torch.is_grad_enabled(),
+    loss, logprob, is_top, entropy = _WeightedLoss.apply(
+        rows, head.weight, head.bias, targets, weights, head.transform, terms, with_details, torch.is_grad_enabled(),
         reference,
     )  # fmt: skip
-    return TokenValues(logprob, is_top, loss)
+    return TokenValues(logprob, is_top, loss, entropy=entropy)
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -151,10 +158,10 @@ class _WeightedLoss(torch.autograd.Function):
         weights: Tensor,
         transform: LogitTransform,
         terms: LossTerms,
-        with_top: bool,
+        with_details: bool,
         with_gradient: bool,
         reference: Reference | TopReference | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         head = LinearHead(weight, bias, transform)
         wide = _wide(rows)
         of_rows, of_weight, of_bias = (
@@ -166,14 +173,14 @@ class _WeightedLoss(torch.autograd.Function):
         is_needed = any(gradient is not None for gradient in (of_rows, of_weight, of_bias))
         weights = weights.to(wide)
         loss = torch.zeros((), dtype=wide, device=rows.device)
-        logprobs, is_top = [], []
+        logprobs, is_top, entropies = [], [], []
         for chunk, buffer, *more in _chunks(rows, head, num_buffers=3 if isinstance(reference, Reference) else 1):
             logits = _logits(rows[chunk], head, buffer)
             slope = _softcap_slope(logits, transform) if is_needed else None
             top = _kept(reference, chunk) if isinstance(reference, TopReference) else None
             of_reference = _compare(logits, reference, chunk, more) if isinstance(reference, Reference) else None
             softmax = _softmax(
-                logits, targets[chunk], with_top=with_top, with_mean=bool(terms.label_smoothing),
+                logits, targets[chunk], with_details=with_details, with_mean=bool(terms.label_smoothing),
                 apart=None if top is None else top.ids,
             )  # fmt: skip
             losses = _losses(softmax, terms)
@@ -184,6 +191,7 @@ class _WeightedLoss(torch.autograd.Function):
             loss += (weights[chunk] * losses).sum()
             logprobs.append(softmax.logprob)
             is_top.append(softmax.is_top)
+            entropies.append(softmax.entropy)
             if not is_needed:
                 continue
             of_logits = weights[chunk] * transform.factor
@@ -201,9 +209,9 @@ class _WeightedLoss(torch.autograd.Function):
                 _add_product(of_weight, narrow if rows.is_cuda else gradient, rows[chunk])
         ctx.save_for_backward(of_rows, of_weight, of_bias)
         ctx.dtypes = rows.dtype, weight.dtype, None if bias is None else bias.dtype
-        logprob, top = _joined(logprobs), _joined(is_top)
-        ctx.mark_non_differentiable(*(tensor for tensor in (logprob, top) if tensor is not None))
-        return loss, logprob, top
+        found = _joined(logprobs), _joined(is_top), _joined(entropies)
+        ctx.mark_non_differentiable(*(tensor for tensor in found if tensor is not None))
+        return loss, *found
 
     @staticmethod
     @once_differentiable
@@ -231,6 +239,7 @@ class _Softmax(NamedTuple):
     logprob: Tensor  # [C], of the target
     mean_logprob: Tensor | None  # [C], (1/V) Σ_v log p_v
     is_top: Tensor | None  # [C]
+    entropy: Tensor | None  # [C]
     outcomes: Tensor | None  # [C, k + 1], log-probs of what is kept apart
 
 
@@ -321,28 +330,40 @@ def _add_product(out: Tensor, gradient: Tensor, rows: Tensor) -> None:
 
 
 def _softmax(
-    logits: Tensor, targets: Tensor, *, with_top: bool, with_mean: bool, apart: Tensor | None = None
+    logits: Tensor, targets: Tensor, *, with_details: bool, with_mean: bool, apart: Tensor | None = None
 ) -> _Softmax:
     """Overwrites `logits`. `apart`: int64 [C, k], tokens that are kept apart from all others."""
     is_top = top = None
-    if with_top:
+    if with_details:
         top, places = logits.max(-1, keepdim=True)
         is_top = (places[:, 0] == targets).to(logits.dtype)
     of_target = logits.gather(-1, targets[:, None])[:, 0]
     mean = logits.mean(-1) if with_mean else None
-    outcomes = None
+    outcomes = entropy = None
     if apart is None:
         if top is None:
             top = logits.amax(-1, keepdim=True)
         exponentials = logits.sub_(top).exp_()
         total = exponentials.sum(-1)
         log_normaliser = top[:, 0] + total.log()
+        if with_details:
+            entropy = _entropy(exponentials, total)
     else:
         outcomes, exponentials, total = _apart(logits, apart)
         log_normaliser = outcomes.logsumexp(-1)
         outcomes = outcomes - log_normaliser[:, None]
+        if with_details:  # of the k + 1 outcomes, and within the last one
+            p = outcomes.exp()
+            entropy = torch.special.entr(p).sum(-1) + p[:, -1] * _entropy(exponentials, total)
     mean_logprob = None if mean is None else mean - log_normaliser
-    return _Softmax(exponentials, total, log_normaliser, of_target - log_normaliser, mean_logprob, is_top, outcomes)
+    logprob = of_target - log_normaliser
+    return _Softmax(exponentials, total, log_normaliser, logprob, mean_logprob, is_top, entropy, outcomes)
+
+
+def _entropy(exponentials: Tensor, total: Tensor) -> Tensor:
+    """[C]: of p_v = e_v / Σ e it is log Σ e − Σ e_v log e_v / Σ e. A few rows at a time: no second [C, V]."""
+    parts = [torch.special.entr(rows).sum(-1) for rows in exponentials.split(_ENTROPY_ROWS)]
+    return total.log() + torch.cat(parts) / total
 
 
 def _losses(softmax: _Softmax, terms: LossTerms) -> Tensor:

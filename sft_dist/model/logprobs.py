@@ -59,12 +59,12 @@ class TokenLogprobs(nn.Module):
         self,
         batch: Batch,
         *,
-        with_top: bool = False,
+        with_details: bool = False,
         loss: LossTerms | None = None,
         reference: HiddenRows | TopReference | None = None,
         as_reference: bool = False,
     ) -> TokenValues | Tensor:
-        """Log-probs of the batch's targets; `is_top` with `with_top`.
+        """Log-probs of the batch's targets; `is_top` with `with_details`.
 
         With `loss` also Σ w ℓ over them, w those of the batch, and the loss of the head beside. Nothing else can be
         differentiated. `reference`: another model of the same vocabulary, with what it has answered to this batch
@@ -91,7 +91,7 @@ class TokenLogprobs(nn.Module):
                 batch.targets[0, rows],
                 weights=batch.weights[0, rows],
                 terms=loss,
-                with_top=with_top,
+                with_details=with_details,
                 reference=compared,
             )
         if self.beside is None:
@@ -111,10 +111,11 @@ def _noise(embeddings: nn.Module, alpha: float, lengths: tuple[int, ...]) -> Ite
         return
 
     def add_noise(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:  # [1, T, D]
-        of_sample = torch.tensor(lengths, dtype=torch.float32, device=embedded.device)
-        scale = alpha / (of_sample * embedded.shape[-1]).sqrt()  # [n]
+        of_sample = torch.tensor(lengths)
+        scale = alpha / (of_sample * embedded.shape[-1]).sqrt()  # [n], on the host, which knows how long the result is
+        of_token = scale.repeat_interleave(of_sample).to(embedded.device, non_blocking=True)  # [T]
         noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1)
-        return embedded + (noise * scale.repeat_interleave(of_sample.long())[:, None]).to(embedded.dtype)
+        return embedded + (noise * of_token[:, None]).to(embedded.dtype)
 
     hook = embeddings.register_forward_hook(add_noise)
     try:
@@ -143,7 +144,7 @@ def _with_targets(head: nn.Linear, transform: LogitTransform) -> Callable[..., A
         *,
         weights: Tensor | None = None,
         terms: LossTerms | None = None,
-        with_top: bool = False,
+        with_details: bool = False,
         reference: Reference | TopReference | None = None,
     ) -> Tensor | TokenValues:
         if targets is None:
@@ -151,7 +152,9 @@ def _with_targets(head: nn.Linear, transform: LogitTransform) -> Callable[..., A
         # Looked up now: under ZeRO-3 the weight is whole only within this call.
         linear = LinearHead(head.weight, head.bias, transform)
         if terms is None or weights is None:
-            return fused_head.values(hidden, targets, linear, with_top=with_top)
-        return fused_head.weighted_loss(hidden, targets, weights, linear, terms, with_top=with_top, reference=reference)
+            return fused_head.values(hidden, targets, linear, with_details=with_details)
+        return fused_head.weighted_loss(
+            hidden, targets, weights, linear, terms, with_details=with_details, reference=reference
+        )
 
     return forward

@@ -1,4 +1,4 @@
-"""NLL, perplexity, accuracy and count of target tokens by source, by turn, and of first, stop and text tokens.
+"""NLL, perplexity, accuracy, entropy and count of target tokens by source, by turn, and of first, stop and text tokens.
 
 In: what forwards say of their targets. Out: sums in one table whose rows every rank knows beforehand (they follow from
 the names of the sources), so that one sum over ranks is enough and a mean is taken once, at the end. Weights play no
@@ -30,6 +30,7 @@ class Figures:
 
     nll_sum: float  # nats
     num_top: float  # how many were the model's likeliest token
+    entropy_sum: float  # nats, of what the model expected there; nan for a prediction head
     count: int
 
     @property
@@ -42,12 +43,23 @@ class Figures:
         return self.num_top / self.count if self.count else math.nan
 
     @property
+    def entropy(self) -> float | None:
+        """Nats per token; None where it is not known."""
+        return None if math.isnan(self.entropy_sum) or not self.count else self.entropy_sum / self.count
+
+    @property
     def perplexity(self) -> float | None:
         """exp of the NLL; None where that is no number."""
         return math.exp(self.nll) if self.nll < 700 else None
 
     def as_dict(self) -> dict[str, float | int | None]:
-        return {"nll": self.nll, "perplexity": self.perplexity, "accuracy": self.accuracy, "count": self.count}
+        return {
+            "nll": self.nll,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "entropy": self.entropy,
+            "count": self.count,
+        }
 
     def __str__(self) -> str:
         return f"{self.nll:.3f} {self.accuracy:.0%}"
@@ -64,13 +76,14 @@ class Details:
         self._groups = {"source": tuple(sorted(set(sources))), "turn": _TURNS, "token": _PLACES}
         keys = [("all", "all"), *((group, name) for group, names in self._groups.items() for name in names)]
         self._row_of = {key: row for row, key in enumerate(keys)}
-        self._sums: NDArray[np.float64] = np.zeros((len(keys), 3))  # nll, likeliest, count
+        self._sums: NDArray[np.float64] = np.zeros((len(keys), 4))  # nll, likeliest, entropy, count
 
     def add(self, examples: Sequence[Example], values: TokenValues) -> None:
         """Count the targets of one forward over `examples`, in the order of the row."""
         assert values.is_top is not None
-        columns = [-values.logprob, values.is_top, torch.ones_like(values.logprob)]
-        facts = torch.stack(columns, -1).double().cpu().numpy()  # float64 [num_targets, 3]
+        entropy = torch.full_like(values.logprob, math.nan) if values.entropy is None else values.entropy
+        columns = [-values.logprob, values.is_top, entropy, torch.ones_like(values.logprob)]
+        facts = torch.stack(columns, -1).double().cpu().numpy()  # float64 [num_targets, 4]
         begin = 0
         for example in examples:
             end = begin + int((example.turns >= 0).sum())
@@ -107,7 +120,7 @@ class Details:
 
     def as_dict(self) -> dict[str, Any]:
         """{"all": FIGURES, "source": {NAME: FIGURES}, "turn": {"1": …}, "token": {"first": …}}, with FIGURES
-        {"nll": nats per token, "perplexity": …, "accuracy": 0 to 1, "count": tokens}.
+        {"nll": nats per token, "perplexity": …, "accuracy": 0 to 1, "entropy": nats per token, "count": tokens}.
         """
         groups = {group: {n: f.as_dict() for n, f in self.group(group).items()} for group in self._groups}
         return {"all": self.all.as_dict()} | groups
@@ -122,8 +135,8 @@ class Details:
         ]
 
     def _figures(self, group: str, name: str) -> Figures:
-        nll_sum, num_top, count = self._sums[self._row_of[group, name]].tolist()
-        return Figures(nll_sum, num_top, int(count))
+        nll_sum, num_top, entropy_sum, count = self._sums[self._row_of[group, name]].tolist()
+        return Figures(nll_sum, num_top, entropy_sum, int(count))
 
 
 def _group_of(span: Span) -> tuple[str, str]:

@@ -83,7 +83,7 @@ def heldout_details(
         examples = [selection[number] for number in pack]
         batch = collate(examples)
         with torch.no_grad():
-            values = engine.token_values(batch, with_top=True)
+            values = engine.token_values(batch, with_details=True)
         details.add(examples, values)
         if answers is not None and values.logits is not None and batch.label_rows is not None:
             numbers = [pack[row] for row in batch.label_rows.tolist()]

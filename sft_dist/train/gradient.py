@@ -54,7 +54,7 @@ def accumulate_gradient(
         with out_of_memory.explained(what, rank=world.rank, config=config, examples=micro_batch.examples):
             clock.enter("forward")
             loss, values = forward(
-                engine, micro_batch, terms, config.seed, world.rank, balance=balance, with_top=details is not None
+                engine, micro_batch, terms, config.seed, world.rank, balance=balance, with_details=details is not None
             )
             nll = loss.detach()
             if not objective.is_plain(config):
@@ -86,13 +86,13 @@ def forward(
     rank: int,
     *,
     balance: Balance | None,
-    with_top: bool = False,
+    with_details: bool = False,
 ) -> tuple[Tensor, TokenValues]:
     """Σ w ℓ of one micro-batch, with the dropout and noise of its place in the run, and the values of its tokens."""
     step = micro_batch.step + 1
     faults.reach("step.before_forward", rank=rank, step=step)
     _seed_noise(seed, micro_batch.step, micro_batch.number, rank)
-    loss, values = engine.loss(micro_batch.batch, terms, with_top=with_top)
+    loss, values = engine.loss(micro_batch.batch, terms, with_details=with_details)
     if balance is not None:
         loss = objective.joint(loss, values, balance)
     if micro_batch.examples and faults.spoils("step.loss", rank=rank, step=step):

@@ -38,7 +38,7 @@ def expected(folder: Path) -> dict[str, float]:
     texts = [{"source": "wiki", "weight": 1.0, "text": text} for text in TEXTS]
     pieces = oracle.pieces(tokenizer, texts, train_on="assistant", max_length=384, truncate=True)
     assert len(pieces) > len(TEXTS), "a text that takes several windows"
-    nll_sum, _, count = oracle.figures(oracle.Objective(model), pieces)["source"]["wiki"]
+    nll_sum, _, _, count = oracle.figures(oracle.Objective(model), pieces)["source"]["wiki"]
     turns = [turn for record in CHAT for turn in oracle.turn_logprobs(model, tokenizer, record["messages"])]
     return {"wiki": nll_sum / count, "chat": -sum(value for _, value in turns) / sum(num for num, _ in turns)}
 

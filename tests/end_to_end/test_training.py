@@ -425,7 +425,7 @@ def test_a_signal_ends_the_wait_for_another_holder(place: Place) -> None:
         assert run.stderr is not None
         line = next(line for line in run.stderr if "run_dir:" in line)
         run.send_signal(signal.SIGTERM)
-        said = run.communicate(timeout=30)[1]  # it would listen for 60 s
+        said = run.communicate(timeout=50)[1]  # it would listen for 60 s
     finally:
         run.kill()
     assert "listening" in line and run.returncode == 128 + signal.SIGTERM, said

@@ -36,7 +36,7 @@ def test_loss_and_gradients_in_bfloat16_are_those_of_float64_to_rounding_and_the
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = weighted_loss(rows, targets, weights, LinearHead(weight, bias, how), terms, with_top=True)
+        found = weighted_loss(rows, targets, weights, LinearHead(weight, bias, how), terms, with_details=True)
         (found.loss * 0.5).backward()
         scored = values(rows, targets, LinearHead(weight, bias, how))
     finally:

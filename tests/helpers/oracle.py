@@ -226,8 +226,8 @@ class Objective:
 
 
 def figures(objective: Objective, data: Sequence[Piece]) -> dict[str, dict[str, list[float]]]:
-    """Group -> name -> [summed NLL, tokens that are the likeliest, tokens], every target counted once."""
-    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+    """Group -> name -> [summed NLL, likeliest tokens, summed entropy, tokens], every target counted once."""
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0] * 4))
     for piece in data:
         for target in piece.targets:
             row, token = objective.logits(piece)[target.place - 1].detach(), piece.ids[target.place]
@@ -238,7 +238,8 @@ def figures(objective: Objective, data: Sequence[Piece]) -> dict[str, dict[str, 
                 entry = sums[group][name]
                 entry[0] -= float(row.log_softmax(-1)[token])
                 entry[1] += float(int(row.argmax()) == token)
-                entry[2] += 1
+                entry[2] += float(torch.distributions.Categorical(logits=row).entropy())
+                entry[3] += 1
     return {group: dict(named) for group, named in sums.items()}
 
 

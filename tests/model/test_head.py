@@ -99,11 +99,11 @@ def reference_of(rows: Tensor, bias: Tensor | None, how: LogitTransform) -> Refe
     return Reference(other["rows"].detach(), LinearHead(*own, how))
 
 
-def fused(drawn: dict[str, Any], how: LogitTransform, terms: LossTerms, *, with_top: bool = False) -> Any:
+def fused(drawn: dict[str, Any], how: LogitTransform, terms: LossTerms, *, with_details: bool = False) -> Any:
     head = LinearHead(drawn["weight"], drawn["bias"], how)
     reference = reference_of(drawn["rows"], drawn["bias"], how) if terms.kl else None
     return weighted_loss(
-        drawn["rows"], drawn["targets"], drawn["weights"], head, terms, with_top=with_top, reference=reference
+        drawn["rows"], drawn["targets"], drawn["weights"], head, terms, with_details=with_details, reference=reference
     )
 
 
@@ -179,8 +179,8 @@ def test_the_likeliest_token_is_the_first_of_equals(chunks_of: Callable[[int], N
     rows = torch.ones(5, WIDTH, dtype=torch.float64)
     targets = torch.tensor([3, 5, 0, 3, 10])
     for found in (
-        values(rows, targets, LinearHead(weight, None), with_top=True),
-        weighted_loss(rows, targets, torch.ones(5), LinearHead(weight, None), LossTerms(), with_top=True),
+        values(rows, targets, LinearHead(weight, None), with_details=True),
+        weighted_loss(rows, targets, torch.ones(5), LinearHead(weight, None), LossTerms(), with_details=True),
     ):
         assert found.is_top is not None and found.is_top.tolist() == [1, 0, 0, 1, 0]
 
@@ -272,7 +272,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_and_nothing_is_read_on_the_h
     limit = max(16 * VOCAB, 400 * WIDTH)
     for terms in (TERMS[3], TERMS[5]):
         with Sizes() as made:
-            fused(drawn, how, terms, with_top=True).loss.backward()
+            fused(drawn, how, terms, with_details=True).loss.backward()
         assert made.largest == limit and made.reads == []
     with Sizes() as made:
         written_out(**drawn, how=how, t=TERMS[3])[0].backward()

@@ -77,7 +77,7 @@ def test_log_probs_and_hits_are_those_of_the_full_logits(folder: Path, monkeypat
     with torch.no_grad():
         row = plain(input_ids=batch.input_ids[:, :30], use_cache=False).logits[0]
     batch.targets[0, 4] = row[4].argmax()
-    values = model(batch, with_top=True)
+    values = model(batch, with_details=True)
     logits = torch.cat(
         [plain(input_ids=ids, use_cache=False).logits[0, :-1] for ids in batch.input_ids.split([30, 17], 1)]
     )
@@ -87,8 +87,11 @@ def test_log_probs_and_hits_are_those_of_the_full_logits(folder: Path, monkeypat
     is_top = (logprob >= everything.max(-1, keepdim=True).values)[:, 0].double()
     assert torch.allclose(values.logprob, logprob[:, 0], atol=1e-5)
     assert torch.equal(values.is_top, is_top) and 0 < is_top.sum() < len(targets)
+    assert torch.allclose(values.entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5)
     only = model(batch)
-    assert only.is_top is None and only.loss is None and torch.equal(only.logprob, values.logprob)
+    assert (
+        only.is_top is None and only.entropy is None and only.loss is None and torch.equal(only.logprob, values.logprob)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -177,11 +177,12 @@ def figures_match(found: dict[str, Any], expected: dict[str, dict[str, list[floa
         name: set(group) for name, group in expected.items()
     }
     for name, group in expected.items():
-        for key, (nll_sum, num_top, count) in group.items():
+        for key, (nll_sum, num_top, entropy_sum, count) in group.items():
             figures = groups[name][key]
             assert figures["count"] == count
             assert figures["nll"] == pytest.approx(nll_sum / count, rel=1e-5)
             assert figures["accuracy"] == pytest.approx(num_top / count)
+            assert figures["entropy"] == pytest.approx(entropy_sum / count, rel=1e-5)
             assert figures["perplexity"] == pytest.approx(torch.tensor(nll_sum / count).exp().item(), rel=1e-4)
 
 

@@ -76,7 +76,7 @@ def start_of(drawn: dict[str, Any], how: LogitTransform) -> tuple[Any, Tensor]:
 def fused(drawn: dict[str, Any], how: LogitTransform, terms: LossTerms, reference: Any) -> TokenValues:
     head = LinearHead(drawn["weight"], drawn["bias"], how)
     return weighted_loss(
-        drawn["rows"], drawn["targets"], drawn["weights"], head, terms, with_top=True, reference=reference
+        drawn["rows"], drawn["targets"], drawn["weights"], head, terms, with_details=True, reference=reference
     )
 
 
@@ -110,6 +110,8 @@ def test_loss_values_and_gradients_are_those_of_all_logits_at_once(
     torch.testing.assert_close(found.loss, plain, **CLOSE)
     torch.testing.assert_close(found.logprob, expected, **CLOSE)
     assert found.is_top is not None and torch.equal(found.is_top.bool(), logits.argmax(-1) == drawn["targets"])
+    logprobs = logits.log_softmax(-1)
+    torch.testing.assert_close(found.entropy, -(logprobs.exp() * logprobs).sum(-1), **CLOSE)
     gradients = torch.autograd.grad(found.loss * factor, leaves(drawn))
     torch.testing.assert_close(gradients, torch.autograd.grad(plain * factor, leaves(drawn)), **CLOSE)
 

@@ -46,9 +46,10 @@ def details() -> Details:
     values = TokenValues(
         logprob=-torch.tensor(places, dtype=torch.float32),
         is_top=torch.tensor(places % 2 == 0, dtype=torch.float32),
+        entropy=torch.tensor(places, dtype=torch.float32) / 2,
     )
-    details.add(examples[:1], TokenValues(values.logprob[:-4], values.is_top[:-4]))
-    details.add(examples[1:], TokenValues(values.logprob[-4:], values.is_top[-4:]))
+    for own, part in ((examples[:1], slice(None, -4)), (examples[1:], slice(-4, None))):
+        details.add(own, TokenValues(values.logprob[part], values.is_top[part], entropy=values.entropy[part]))
     return details
 
 
@@ -57,6 +58,7 @@ def test_every_target_is_counted_once_in_the_turn_it_belongs_to(details: Details
     assert list(turns) == [*"12345678", "9+", "none"]
     assert [turns[name].count for name in turns] == [4] * 8 + [12, 2 * NUM_TURNS - 1]
     assert turns["2"].nll == np.mean([8, 9, 10, 11]) and turns["2"].accuracy == 0.5
+    assert turns["2"].entropy == turns["2"].nll / 2
     assert turns["9+"].nll == np.mean([6 * turn + place for turn in (8, 9, 10) for place in (2, 3, 4, 5)])
     sources = details.group("source")
     assert {name: sources[name].count for name in sources} == {"chat": 6 * NUM_TURNS - 1, "book": 4}
@@ -79,7 +81,7 @@ def test_figures_are_written_nested_and_said_in_a_few_lines(details: Details, tm
     (entry,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (entry["kind"], entry["step"]) == ("heldout_details", 3)
     assert entry["turn"]["2"] == details.group("turn")["2"].as_dict()
-    assert set(entry["token"]["stop"]) == {"nll", "perplexity", "accuracy", "count"}
+    assert set(entry["token"]["stop"]) == {"nll", "perplexity", "accuracy", "entropy", "count"}
     assert "unused" not in entry["source"]
     lines = details.lines()
     assert [line.split()[1] for line in lines] == ["source", "turn", "token"]
