@@ -46,7 +46,7 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
 
     With a profile, rank 0 writes a trace of a few steps to RUN_DIR/profile.
     """
-    from sft_dist.train import goodput, rundir
+    from sft_dist.train import rundir
     from sft_dist.train.lock import RunLock
 
     world = find_world(env)
@@ -55,11 +55,10 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
     try:
         if lock is not None:
             rundir.take(lock)
-            goodput.begin(run_dir)
         exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
         ignore_signals()
-        if lock is not None and lock.is_held:
+        if lock is not None and lock.was_taken:
             _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
             lock.release()
         raise

@@ -2,8 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from sft_dist import cli, signals
 from sft_dist.config import ModelConfig
 from sft_dist.errors import Interrupted, exit_code_of
 from sft_dist.model import loading
+from tests.helpers.signals import restored_signals
 
 
 @pytest.mark.parametrize(
@@ -47,18 +46,6 @@ def test_what_is_no_override_is_a_usage_error(line: str, named: str, capsys: pyt
     assert f"unrecognized arguments: {named}\n" in capsys.readouterr().err
 
 
-@contextmanager
-def own_signals() -> Iterator[None]:
-    """Signals as a verb takes them, for a while."""
-    before = {number: signal.getsignal(number) for number in signals.STOPPING}
-    signals.unwind_on_signals()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def test_a_signal_is_not_taken_for_a_fault_of_what_it_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killing runs at random found it: a signal during the reading of weights was called a mistake in model.path."""
 
@@ -66,7 +53,8 @@ def test_a_signal_is_not_taken_for_a_fault_of_what_it_interrupts(monkeypatch: py
         os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", slow)
-    with own_signals(), pytest.raises(Interrupted, match="SIGUSR1") as caught:
+    with restored_signals(), pytest.raises(Interrupted, match="SIGUSR1") as caught:
+        signals.unwind_on_signals()
         loading.load_config(ModelConfig(path="x"), 10)
     assert caught.value.exit_code == 128 + signal.SIGUSR1
 
@@ -74,7 +62,8 @@ def test_a_signal_is_not_taken_for_a_fault_of_what_it_interrupts(monkeypatch: py
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_only_the_first_signal_unwinds(first: signal.Signals) -> None:
     told = []
-    with own_signals():
+    with restored_signals():
+        signals.unwind_on_signals()
         try:
             signal.raise_signal(first)
         except (Interrupted, KeyboardInterrupt) as error:
@@ -84,8 +73,25 @@ def test_only_the_first_signal_unwinds(first: signal.Signals) -> None:
     assert told == [128 + first]
 
 
-def test_what_nohup_ignores_stays_ignored() -> None:
-    with own_signals():
+def test_what_a_shell_had_ignored_stays_ignored() -> None:
+    with restored_signals():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signals.unwind_on_signals()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_ctrl_c_leaves_when_the_verb_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the exception is swallowed, or the clean-up hangs; a burst of signals is one."""
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with restored_signals():
+        signals.unwind_on_signals()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+        assert left == []
+        monkeypatch.setattr(signals, "PATIENCE_S", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert left == []
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]

@@ -11,6 +11,7 @@ is built. Where conversations begin comes through the model's keyword arguments,
 A row without them is one conversation. What a layer asks for and a kernel cannot do is an error that names it.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,15 +98,21 @@ class Demands:
 
 
 def _not_called(model_config: Any) -> frozenset[str]:
-    """What the flags say by which transformers refuses an implementation; nothing of classes that it does not know."""
+    """By the flags of the class; of one that transformers does not know, nothing.
+
+    Some that call what is registered (StableLM, BioGPT) do not flag it: their module has the interface all the same.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     kind = type(model_config)
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_MAPPING.get(kind, None)
     if not isinstance(model, type):
         return frozenset()
-    sdpa = () if getattr(model, "_supports_sdpa", True) else ("sdpa",)
-    return frozenset([*sdpa, *(() if getattr(model, "_supports_attention_backend", True) else _PACKED)])
+    calls_sdpa = getattr(model, "_supports_sdpa", True)
+    calls_registered = getattr(model, "_supports_attention_backend", True) or hasattr(
+        sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS"
+    )
+    return frozenset([*(() if calls_sdpa else ("sdpa",)), *(() if calls_registered else _PACKED)])
 
 
 def _head_dims(text_config: Any) -> frozenset[int]:

@@ -213,7 +213,7 @@ class Engine:
         return logits
 
     def token_values(self, batch: Batch, *, with_details: bool = False) -> TokenValues:
-        """The log-probs of this rank's batch and, with `with_details`, whether each target is the likeliest token."""
+        """The log-probs of this rank's batch and, with `with_details`, `is_top` and `entropy`."""
         self._check_ids(batch)
         values: TokenValues = self._engine(batch.to(self.device), with_details=with_details)
         return values

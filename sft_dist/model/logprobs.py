@@ -64,7 +64,7 @@ class TokenLogprobs(nn.Module):
         reference: HiddenRows | TopReference | None = None,
         as_reference: bool = False,
     ) -> TokenValues | Tensor:
-        """Log-probs of the batch's targets; `is_top` with `with_details`.
+        """Log-probs of the batch's targets; `is_top` and `entropy` with `with_details`.
 
         With `loss` also Σ w ℓ over them, w those of the batch, and the loss of the head beside. Nothing else can be
         differentiated. `reference`: another model of the same vocabulary, with what it has answered to this batch
@@ -111,9 +111,10 @@ def _noise(embeddings: nn.Module, alpha: float, lengths: tuple[int, ...]) -> Ite
         return
 
     def add_noise(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:  # [1, T, D]
-        of_sample = torch.tensor(lengths)
-        scale = alpha / (of_sample * embedded.shape[-1]).sqrt()  # [n], on the host, which knows how long the result is
-        of_token = scale.repeat_interleave(of_sample).to(embedded.device, non_blocking=True)  # [T]
+        of_sample = torch.tensor(lengths).to(embedded.device, non_blocking=True)
+        scale = alpha / (of_sample * embedded.shape[-1]).sqrt()  # [n]
+        # With its size told, the host waits for nothing.
+        of_token = scale.repeat_interleave(of_sample, output_size=embedded.shape[1])  # [T]
         noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1)
         return embedded + (noise * of_token[:, None]).to(embedded.dtype)
 

@@ -26,7 +26,6 @@ from sft_dist.train.files import write_json
 
 _LOCK, _NOTE = "run.lock", "run.lock.json"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
-_NO_LINKS = {errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,7 @@ class RunLock:
         self._me = me or this_process()
         self._heartbeat_s, self._stale_after_s = heartbeat_s, stale_after_s
         self._released = threading.Event()
+        self._is_taken = False
 
     def take(self) -> None:
         """Raises ClusterError naming the other holder, StorageError for the disk."""
@@ -77,16 +77,21 @@ class RunLock:
             self._take_note()
         except OSError as error:
             raise StorageError(f"run_dir: {self.run_dir} cannot be written: {error.strerror or error}") from error
+        self._is_taken = True
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     @property
-    def is_held(self) -> bool:
-        """Whether this process is noted as the holder: from the very moment that others can see it."""
+    def was_taken(self) -> bool:
+        """Whether this process took the folder: from the very moment that others can see its note."""
+        return self._is_taken or self._is_noted
+
+    @property
+    def _is_noted(self) -> bool:
         return _read(self.run_dir) == self._me
 
     def release(self) -> None:
         self._released.set()
-        if self.is_held:
+        if self._is_noted:
             with suppress(OSError):
                 (self.run_dir / _NOTE).unlink(missing_ok=True)
         os.close(self._file)
@@ -111,6 +116,8 @@ class RunLock:
             return
         except FileExistsError:
             before = _read(self.run_dir)
+            if before == self._me:
+                return  # a network file system asked its server twice, and the second answer came
         gone = self._why_gone(before)
         if gone is None:
             os.close(self._file)
@@ -128,12 +135,12 @@ class RunLock:
     def _make(self, note: Path) -> None:
         """The note, whole from the first moment; of two that find none, one makes it and one gets FileExistsError."""
         draft = note.with_name(f"{note.name}.{self._me.host}-{self._me.pid}")
-        write_json(draft, asdict(self._me))
         try:
+            write_json(draft, asdict(self._me))
             os.link(draft, note)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here, or a fault that is met again
             with open(note, "x") as file:
                 file.write(draft.read_text())
         finally:

@@ -18,11 +18,12 @@ SUMMARY = "summary.json"
 
 
 def take(lock: RunLock) -> None:
-    """Take hold of a run folder for a new run in it: what an earlier one left half-done goes.
+    """Take hold of a run folder for a new start of its run: what an earlier one left half-done goes.
 
     Raises ClusterError when another run holds it, StorageError when it cannot be written.
     """
     lock.take()
+    goodput.begin(lock.run_dir)
     try:
         (lock.run_dir / OUTCOME).unlink(missing_ok=True)
         checkpoints_dir(lock.run_dir).mkdir(exist_ok=True)

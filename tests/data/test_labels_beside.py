@@ -17,6 +17,7 @@ from sft_dist.errors import ConfigError, DataError
 from sft_dist.preparation import training_set, with_labels
 from tests.helpers.encoders import build_encoder
 from tests.helpers.models import build_model
+from tests.helpers.signals import restored_signals
 
 ZOO = Path(__file__).parents[1] / "zoo"
 ANSWER = {"role": "assistant", "content": "yes"}
@@ -152,7 +153,8 @@ def test_an_encoder_is_refused_before_any_data_are_read(tmp_path: Path) -> None:
         data=DataConfig(train=({"path": "nowhere.jsonl"},)),
         head=HeadConfig(kind="single_label", language_model_weight=1.0),
     )
-    with pytest.raises(ConfigError, match=r"head\.language_model_weight: .* is an encoder \(bert\)"):
+    refusal = pytest.raises(ConfigError, match=r"head\.language_model_weight: .* is an encoder \(bert\)")
+    with restored_signals(), refusal:
         training.run(config, {})
 
 

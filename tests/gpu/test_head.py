@@ -29,7 +29,7 @@ def test_loss_and_gradients_in_bfloat16_are_those_of_float64_to_rounding_and_the
     exact = [torch.randn(ROWS, WIDTH), torch.randn(VOCAB, WIDTH) / WIDTH**0.5, torch.randn(VOCAB)]
     exact = [tensor.bfloat16().double().requires_grad_() for tensor in exact]
     targets, weights = torch.randint(VOCAB, (ROWS,)), torch.rand(ROWS) + 0.5
-    expected = weighted_loss(exact[0], targets, weights, LinearHead(exact[1], exact[2], how), terms)
+    expected = weighted_loss(exact[0], targets, weights, LinearHead(exact[1], exact[2], how), terms, with_details=True)
     expected.loss.backward()
     rows, weight, bias = (tensor.detach().cuda().bfloat16().requires_grad_() for tensor in exact)
     targets, weights = targets.cuda(), weights.cuda()
@@ -44,6 +44,7 @@ def test_loss_and_gradients_in_bfloat16_are_those_of_float64_to_rounding_and_the
     assert found.logprob.dtype == found.loss.dtype == torch.float32
     # The logits are never rounded to bfloat16.
     torch.testing.assert_close(found.logprob.cpu().double(), expected.logprob, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.entropy.cpu().double(), expected.entropy, rtol=1e-4, atol=1e-4)
     assert torch.equal(scored.logprob, found.logprob)
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
     for tensor, reference in zip((rows, weight, bias), exact, strict=True):

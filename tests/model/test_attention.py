@@ -146,8 +146,11 @@ def test_a_packed_row_of_any_family_equals_each_conversation_alone(model_type: s
         assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-4, atol=2e-5 * max(scale, 1)), name
 
 
-# Families whose classes call no kernel but their own: split cannot be handed to them.
-OWN_CODE = {
+# Families whose classes call no kernel but their own, to which split cannot be handed; and one that does not flag that
+# it calls what is registered.
+UNFLAGGED = {
+    "stablelm": {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "granite_swa": {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -155,11 +158,13 @@ OWN_CODE = {
 }
 
 
-@pytest.mark.parametrize("model_type", OWN_CODE)
+@pytest.mark.parametrize("model_type", UNFLAGGED)
 def test_auto_gives_a_family_a_kernel_that_its_class_calls(model_type: str) -> None:
-    config = AutoConfig.for_model(model_type, vocab_size=97, **OWN_CODE[model_type])
+    attention.register()
+    config = AutoConfig.for_model(model_type, vocab_size=97, **UNFLAGGED[model_type])
     choice = choose_attention(config, "auto", max(LENGTHS))
-    assert choice.name == "eager" and choice.reason is not None
+    assert choice.name == (SPLIT if model_type == "stablelm" else "eager")
+    assert (choice.reason is None) == (model_type == "stablelm")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=choice.name).eval()
     row = row_of(LENGTHS)
@@ -171,7 +176,7 @@ def test_auto_gives_a_family_a_kernel_that_its_class_calls(model_type: str) -> N
 
 
 def test_what_a_class_does_not_call_is_refused_by_name() -> None:
-    config = AutoConfig.for_model("gptj", **OWN_CODE["gptj"])
+    config = AutoConfig.for_model("gptj", **UNFLAGGED["gptj"])
     for kernel in ("split", "sdpa"):
         with pytest.raises(ConfigError, match=f"{kernel} cannot honour the model's class"):
             choose_attention(config, kernel, 32)
