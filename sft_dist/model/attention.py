@@ -11,7 +11,6 @@ is built. Where conversations begin comes through the model's keyword arguments,
 A row without them is one conversation. What a layer asks for and a kernel cannot do is an error that names it.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -78,7 +77,7 @@ class Demands:
 
     def unmet_by(self, kernel: str, device_type: str, dtype: torch.dtype, flash_version: int | None) -> str | None:
         """What keeps a kernel from this model, in words; None: nothing."""
-        own_code = "the model's class, which computes attention by itself" if kernel in self.own_code else None
+        own_code = "the model's class, which by its flags calls no such kernel" if kernel in self.own_code else None
         if kernel in _PACKED and (self.masked_only or own_code):
             return self.masked_only or own_code
         match kernel:
@@ -100,7 +99,7 @@ class Demands:
 def _not_called(model_config: Any) -> frozenset[str]:
     """By the flags of the class; of one that transformers does not know, nothing.
 
-    Some that call what is registered (StableLM, BioGPT) do not flag it: their module has the interface all the same.
+    Some without the flag do call what is registered, but do not hand down what a row is made of (StableLM's layers).
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -108,11 +107,8 @@ def _not_called(model_config: Any) -> frozenset[str]:
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_MAPPING.get(kind, None)
     if not isinstance(model, type):
         return frozenset()
-    calls_sdpa = getattr(model, "_supports_sdpa", True)
-    calls_registered = getattr(model, "_supports_attention_backend", True) or hasattr(
-        sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS"
-    )
-    return frozenset([*(() if calls_sdpa else ("sdpa",)), *(() if calls_registered else _PACKED)])
+    sdpa = () if getattr(model, "_supports_sdpa", True) else ("sdpa",)
+    return frozenset([*sdpa, *(() if getattr(model, "_supports_attention_backend", True) else _PACKED)])
 
 
 def _head_dims(text_config: Any) -> frozenset[int]:
