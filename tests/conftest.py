@@ -2,6 +2,7 @@
 
 Signals as a terminal leaves them, however the tests were started: nohup and background shells ignore some. Examples of
 property tests that are the same in every run; HYPOTHESIS_PROFILE=explore draws new ones.
+No example has a deadline: machines are slow now and then.
 """
 
 import os
@@ -12,6 +13,6 @@ from hypothesis import settings
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-settings.register_profile("same", derandomize=True)
-settings.register_profile("explore", derandomize=False)
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
