@@ -400,18 +400,19 @@ def test_signals_before_the_first_step_leave_an_outcome(place: Place, seen: str)
 
 
 def test_a_folder_that_cannot_be_used_does_not_keep_the_outcome_of_an_earlier_run(place: Place) -> None:
-    run_dir = place.folder / "unusable"
+    run_dir = place.folder / "checkpoints-no-folder"
     run_dir.mkdir()
     (run_dir / "checkpoints").write_text("no folder")
     (run_dir / "outcome.json").write_text('{"exit_code": 75}')
-    refused = place.train("unusable", ranks=1)
+    refused = place.train("checkpoints-no-folder", ranks=1)
     assert refused[0].returncode == 74 and "Traceback" not in refused[0].stdout
-    assert place.outcome("unusable")["exit_code"] == 74 and "checkpoints" in place.outcome("unusable")["reason"]
+    outcome = place.outcome("checkpoints-no-folder")
+    assert outcome["exit_code"] == 74 and "checkpoints" in outcome["reason"]
     assert not (run_dir / "run.lock.json").exists()
 
 
 def test_a_signal_ends_the_wait_for_another_holder(place: Place) -> None:
-    run_dir = place.folder / "elsewhere"
+    run_dir = place.folder / "held-by-another-host"
     run_dir.mkdir()
     note = json.dumps(asdict(Holder("elsewhere", 1, "another boot", "another namespace", 1)))
     (run_dir / "run.lock.json").write_text(note)
