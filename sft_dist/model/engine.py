@@ -6,6 +6,7 @@ DeepSpeed file decides as well is an error that names both.
 
 import fnmatch
 import gc
+import importlib
 import json
 import logging
 import os
@@ -481,6 +482,7 @@ def training_engine(config: RunConfig, world: World, initial: Path | None) -> En
     if world.is_main:
         say(f"ZeRO-3 over {world.size:,} rank(s): {sharding.in_short(layers, used, derived, reduce_once)}")
     zero.clear_padding(model)
+    _import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree)
     settings = used | {"reduce_once": reduce_once, "decoder_layers": len(layers), "weights_kept": derived.kept}
     reference = None
@@ -645,6 +647,20 @@ def _quiet() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+
+
+def _import_muon() -> None:
+    """DeepSpeed asks of any optimizer whether it is its own Muon, whose module asks torch for compilers as it is
+    imported: 1.7 s of a start, for functions that nothing calls here. They are imported as they are written.
+    """
+    from deepspeed.runtime import compiler
+
+    decorator = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = decorator
 
 
 def set_environment() -> None:

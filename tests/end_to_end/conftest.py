@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers import warm
 from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.models import build_model
-from tests.helpers.worlds import ROOT, rank_environment, run_ranks
+from tests.helpers.worlds import rank_environment, run_ranks
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,12 @@ class Place:
 
     def verb(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in rank_environment(0, 1, 0).items() if not k.startswith(("RANK", "WORLD", "LOCAL_"))}
-        return subprocess.run(
-            [sys.executable, "-m", "sft_dist", *arguments],
-            env=env,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        process = warm.start(["-m", "sft_dist", *arguments], env, separate_stderr=True)
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
     def steps(self, run: str) -> list[dict[str, Any]]:
         lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()

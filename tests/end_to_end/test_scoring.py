@@ -17,7 +17,7 @@ from tests.end_to_end.conftest import Place
 from tests.helpers import oracle
 from tests.helpers.conversations import make_records, write_jsonl
 from tests.helpers.models import FAMILIES, build_model
-from tests.helpers.worlds import ROOT, free_port, rank_environment, run_ranks
+from tests.helpers.worlds import ROOT, run_ranks, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -161,26 +161,11 @@ def uninterrupted(scoring: Place) -> bytes:
     return output.read_bytes()
 
 
-def start_two(place: Place, output: Path) -> list[subprocess.Popen[str]]:
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "sft_dist", *command(place, "many.jsonl", output, "--block-items", "4")],
-            env=rank_environment(rank, 2, port),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
 def interrupt(place: Place, output: Path, number: signal.Signals, after_blocks: int) -> list[tuple[int, str]]:
     """(exit code, what was said) of two ranks that get a signal once that many more blocks are in the journal."""
     journal = Path(f"{output}.journal")
     target = done_so_far(journal) + 4 * after_blocks
-    ranks = start_two(place, output)
+    ranks = start_ranks(2, ["-m", "sft_dist", *command(place, "many.jsonl", output, "--block-items", "4")])
     try:
         deadline = time.monotonic() + 240
         while done_so_far(journal) < target and time.monotonic() < deadline:

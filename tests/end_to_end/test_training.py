@@ -21,7 +21,7 @@ from sft_dist.train.lock import Holder
 from tests.end_to_end.conftest import Place
 from tests.helpers import oracle
 from tests.helpers.conversations import make_records, write_jsonl
-from tests.helpers.worlds import free_port, rank_environment, run_ranks
+from tests.helpers.worlds import free_port, rank_environment, run_ranks, start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -346,19 +346,9 @@ def test_resuming_something_else_is_refused_by_name(uninterrupted: Place, overri
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(place: Place) -> None:
-    port = free_port()
     arguments = ["-m", "sft_dist", "train", str(place.run_file), f"run_dir={place.folder / 'signal'}"]
     long = ["schedule.max_steps=100000", "schedule.epochs=100000", "evaluate.every=0"]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *arguments, *long],
-            env=rank_environment(rank, 2, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = start_ranks(2, [*arguments, *long])
     try:
         _wait_for_steps(place.folder / "signal" / "metrics.jsonl", ranks)
         # While one run holds the folder, a second one is refused.

@@ -1,4 +1,4 @@
-"""Real worlds of gloo ranks: one start for many cases, since a start costs ten seconds.
+"""Real worlds of gloo ranks: one start for many cases, since a start costs seconds.
 
 `run_world` starts the ranks of tests/helpers/world_cases.py; each case's answer (of rank 0) comes back as a value.
 """
@@ -7,14 +7,14 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import warm
+from tests.helpers.warm import ROOT as ROOT
 
 
 def free_port() -> int:
@@ -24,32 +24,25 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    return os.environ | {
+    return warm.with_one_thread(os.environ) | {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
     }
+
+
+def start_ranks(size: int, arguments: Sequence[str]) -> list[warm.Started]:
+    """Start `python ARGUMENTS` once per rank; stderr goes to stdout."""
+    port = free_port()
+    return [warm.start(arguments, rank_environment(rank, size, port), server=rank) for rank in range(size)]
 
 
 def run_ranks(size: int, arguments: Sequence[str], *, timeout_s: float = 300) -> list[subprocess.CompletedProcess[str]]:
     """Start `python ARGUMENTS` once per rank and wait for all; none outlives the call."""
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=rank_environment(rank, size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    ranks = start_ranks(size, arguments)
     try:
         outputs = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
     finally:

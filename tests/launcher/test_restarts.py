@@ -108,7 +108,7 @@ def test_a_signal_between_two_starts_ends_the_run(start: Start, has_checkpoint: 
     begun = time.monotonic()
     launch.process.send_signal(signal.SIGTERM)
     found, _, stderr = launch.end()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 40
     assert found == code and "SIGTERM before the restart" in stderr
     assert len(starts(launch)) == 1
 

@@ -150,7 +150,7 @@ def test_a_second_interrupt_ends_deaf_ranks_at_once(start: Start) -> None:
     launch.process.send_signal(signal.SIGINT)
     code, _, _ = launch.end()
     assert code == 130
-    assert time.monotonic() - begun < 10  # the grace time is 30 s
+    assert time.monotonic() - begun < 25  # the grace time is 30 s
     assert_gone(pids)
 
 

@@ -74,7 +74,7 @@ def test_a_rank_killed_with_9_ends_the_others_and_gives_137(start: Start, via: s
     assert code == 137
     assert "rank 1 on " in stderr and "failed first: killed by SIGKILL (9)" in stderr
     assert "rank 0 leaves, received ['SIGTERM']" in stdout
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 25  # the grace time is 30 s
     assert_gone(pids)
 
 
@@ -116,7 +116,7 @@ def test_a_second_interrupt_ends_deaf_ranks_at_once(start: Start, via: str) -> N
     launch.process.send_signal(signal.SIGINT)
     code, _, _ = launch.end()
     assert code == 130
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 25  # the grace time is 30 s
     assert_gone(pids)
 
 

