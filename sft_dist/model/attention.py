@@ -34,10 +34,14 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention",
 
 # Models whose layers hand their window to the attention function (others put it into the mask alone).
 _HANDS_OVER_WINDOW = {
-    "cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "ministral", "mistral", "mixtral", "olmo3", "phi3",
-    "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+    "afmoe", "cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "ministral", "mistral", "mixtral", "olmo3",
+    "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 }  # fmt: skip
 _HANDS_OVER_SOFTCAP = {"gemma2"}
+# Models that make their mask without positions, by which transformers tells the conversations of a row apart.
+_MASKS_THE_ROW = {"afmoe", "gpt_oss"}
+# Models that call what is registered, though their layers do not hand down what a row is made of.
+_DROPS_BOUNDS = {"nemotron", "stablelm"}
 
 
 class Choice(NamedTuple):
@@ -57,6 +61,7 @@ class Demands:
     sinks: str | None
     head_dims: frozenset[int]  # of queries and keys, and of values
     own_code: frozenset[str] = frozenset()  # kernels that the classes of transformers for this model do not call
+    masks_the_row: str | None = None  # why a mask would not keep the conversations of a row apart
 
     @classmethod
     def of(cls, model_config: Any, max_length: int) -> "Demands":
@@ -73,11 +78,17 @@ class Demands:
         elif softcap and text.model_type not in _HANDS_OVER_SOFTCAP:
             masked_only = softcap
         sinks = "sinks" if text.model_type == "gpt_oss" else None
-        return cls(masked_only, has_window, softcap, sinks, _head_dims(text), _not_called(model_config))
+        masks_the_row = None
+        if text.model_type in _MASKS_THE_ROW:
+            masks_the_row = f"packed rows ({text.model_type} makes its mask without their positions)"
+        own_code = _not_called(model_config) | (set(_PACKED) if text.model_type in _DROPS_BOUNDS else set())
+        return cls(masked_only, has_window, softcap, sinks, _head_dims(text), own_code, masks_the_row)
 
     def unmet_by(self, kernel: str, device_type: str, dtype: torch.dtype, flash_version: int | None) -> str | None:
         """What keeps a kernel from this model, in words; None: nothing."""
-        own_code = "the model's class, which by its flags calls no such kernel" if kernel in self.own_code else None
+        own_code = (
+            "the model's class, which does not call such a kernel as it must" if kernel in self.own_code else None
+        )
         if kernel in _PACKED and (self.masked_only or own_code):
             return self.masked_only or own_code
         match kernel:
@@ -91,16 +102,15 @@ class Demands:
                 softcap = self.softcap if kernel == "varlen" else None
                 return self.sinks or softcap or varlen.unsupported_head(kernel, flash_version, self.head_dims)
             case "sdpa":
-                return self.sinks or self.softcap or own_code
+                return self.masks_the_row or self.sinks or self.softcap or own_code
+            case "eager":
+                return self.masks_the_row
             case _:
                 return None
 
 
 def _not_called(model_config: Any) -> frozenset[str]:
-    """By the flags of the class; of one that transformers does not know, nothing.
-
-    Some without the flag do call what is registered, but do not hand down what a row is made of (StableLM's layers).
-    """
+    """By the flags of the class; of one that transformers does not know, nothing."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     kind = type(model_config)
@@ -113,6 +123,8 @@ def _not_called(model_config: Any) -> frozenset[str]:
 
 def _head_dims(text_config: Any) -> frozenset[int]:
     heads = getattr(text_config, "num_attention_heads", None)
+    if getattr(text_config, "is_heterogeneous", False):  # every layer has a configuration of its own (Gemma 4)
+        return frozenset(int(layer.head_dim) for layer in text_config.per_layer_config)
     size = getattr(text_config, "head_dim", None) or (text_config.hidden_size // heads if heads else 0)
     if getattr(text_config, "kv_lora_rank", None):  # multi-head latent attention
         size = text_config.qk_nope_head_dim + text_config.qk_rope_head_dim
@@ -175,7 +187,7 @@ def decide(demands: Demands, wanted: str, device_type: str, dtype: torch.dtype, 
             reason = f"attention: {kernel}, because {order[0]} cannot honour {unmet_first}" if missed else None
             return Choice(_REGISTERED.get(kernel, kernel), reason)
         unmet_first = unmet_first or unmet
-    raise AssertionError("eager honours everything")
+    raise ConfigError(f"model.path: no kernel can honour {unmet_first}, so this model cannot be trained packed")
 
 
 def can_share_prompts(implementation: str) -> bool:

@@ -17,9 +17,11 @@ from sft_dist.model.logprobs import TokenLogprobs
 
 
 class PlainEngine:
-    def __init__(self, folder: Path, implementation: str = SPLIT) -> None:
+    is_classifier = False
+
+    def __init__(self, folder: Path, implementation: str = SPLIT, dtype: torch.dtype = torch.float32) -> None:
         attention.register()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation)
         self._module = TokenLogprobs(model.eval())
         self.tokens_seen = 0
 

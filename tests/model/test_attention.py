@@ -60,6 +60,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "starcoder2": {"sliding_window": WINDOW},
+    "afmoe": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -152,6 +161,8 @@ UNFLAGGED = {
     | {"num_key_value_heads": 2},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "nemotron": {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2},
     "granite_swa": {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "sliding_window": 5},
 }
@@ -161,7 +172,8 @@ UNFLAGGED = {
 def test_auto_gives_a_family_a_kernel_that_its_class_calls(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, vocab_size=97, **UNFLAGGED[model_type])
     choice = choose_attention(config, "auto", max(LENGTHS))
-    assert choice.name == ("sdpa" if model_type == "stablelm" else "eager") and choice.reason is not None
+    expected = "sdpa" if model_type in ("stablelm", "nemotron") else "eager"
+    assert choice.name == expected and choice.reason is not None
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=choice.name).eval()
     row = row_of(LENGTHS)
@@ -170,6 +182,21 @@ def test_auto_gives_a_family_a_kernel_that_its_class_calls(model_type: str) -> N
         packed = model(**row).logits
         alone = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in conversations], 1)
     assert torch.allclose(packed, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "afmoe"])
+def test_a_mask_made_without_positions_is_refused_by_name(model_type: str) -> None:
+    for kernel in ("sdpa", "eager"):
+        with pytest.raises(ConfigError, match=rf"{kernel} cannot honour packed rows \({model_type} makes its mask"):
+            choose_attention(model_config(model_type), kernel, 32)
+    assert attention.for_generation(model_config(model_type)) == "eager"
+
+
+def test_a_model_whose_layers_have_heads_of_their_own_sizes_gets_a_kernel_for_all() -> None:
+    config = AutoConfig.for_model("gemma4_text")
+    assert choose_attention(config, "auto", config.sliding_window).name == SPLIT
+    with pytest.raises(ConfigError, match=r"varlen cannot honour heads of several sizes \(256, 512\)"):
+        choose_attention(config, "varlen", 512, device_type="cuda", dtype=torch.bfloat16)
 
 
 def test_what_a_class_does_not_call_is_refused_by_name() -> None:
