@@ -30,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.stdout, sys.stderr = RedactedStream(sys.stdout, secrets), RedactedStream(sys.stderr, secrets)
     unwind_on_signals()
     try:
-        code = _dispatch(options)
+        try:
+            code = _dispatch(options)
+        finally:
+            ignore_signals()  # within the outer try: until this has been called a signal still raises
     except (Exception, Interrupted, KeyboardInterrupt) as error:
-        ignore_signals()
         _tell(error)
         _leave(141 if isinstance(error, BrokenPipeError) else exit_code_of(error))
     _leave(code)

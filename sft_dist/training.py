@@ -57,10 +57,12 @@ def run(config: RunConfig, env: Mapping[str, str], *, with_profile: bool = False
             rundir.take(lock)
         exit_code = _train(config, world, share_of(world, env), with_profile)
     except BaseException as error:
-        ignore_signals()
-        if lock is not None and lock.was_taken:
-            _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
-            lock.release()
+        try:
+            ignore_signals()
+        finally:  # a signal that comes just before
+            if lock is not None and lock.was_taken:
+                _write_failure(run_dir, exit_code_of(error), f"{type(error).__name__}: {error}")
+                lock.release()
         raise
     if lock is not None:
         lock.release()

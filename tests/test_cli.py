@@ -2,14 +2,14 @@
 
 import os
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import transformers
 
 from sft_dist import cli, signals
 from sft_dist.config import ModelConfig
-from sft_dist.errors import Interrupted, exit_code_of
+from sft_dist.errors import ConfigError, ExitCode, Interrupted, exit_code_of
 from sft_dist.model import loading
 from tests.helpers.signals import restored_signals
 
@@ -95,3 +95,30 @@ def test_ctrl_c_leaves_when_the_verb_does_not(monkeypatch: pytest.MonkeyPatch) -
         assert left == []
         signal.raise_signal(signal.SIGINT)
         assert left == [130]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_signal_as_a_verb_ends_is_told_and_leaves_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    """Until signals are passed over they unwind: that must not go past where errors are told."""
+
+    def pass_over_late() -> None:
+        monkeypatch.setattr(cli, "ignore_signals", signals.ignore_signals)
+        signal.raise_signal(signal.SIGTERM)
+
+    def dispatch(_: Any) -> ExitCode:
+        if fails:
+            raise ConfigError("seed: a fault")
+        return ExitCode.OK
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "ignore_signals", pass_over_late)
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    monkeypatch.setattr(cli, "_leave", leave)
+    with restored_signals(), pytest.raises(SystemExit) as left:
+        cli.main(["config", "run.yaml"])
+    assert left.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err

@@ -141,8 +141,14 @@ class RunLock:
         except FileExistsError:
             raise
         except OSError:  # no hard links here, or a fault that is met again
+            text = draft.read_text()
             with open(note, "x") as file:
-                file.write(draft.read_text())
+                try:
+                    file.write(text)
+                    file.flush()
+                except BaseException:
+                    note.unlink()  # half a note is nobody's, and others would listen for its holder
+                    raise
         finally:
             draft.unlink(missing_ok=True)
 
@@ -171,7 +177,8 @@ class RunLock:
         while not self._released.wait(self._heartbeat_s):
             # A file system that fails now and then must not stop the heart.
             with suppress(OSError):
-                if _read(self.run_dir) != self._me:
+                holder = _read(self.run_dir)
+                if holder is not None and holder != self._me:
                     return  # `check_held` tells it before anything is published
                 os.utime(self.run_dir / _NOTE)
 

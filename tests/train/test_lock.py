@@ -11,7 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -148,6 +151,53 @@ def test_a_slurm_job_that_was_started_again_needs_no_waiting(tmp_path: Path, res
     started = time.monotonic()
     hold(tmp_path, me=me, heartbeat_s=0.05, stale_after_s=3.0).release()
     assert (time.monotonic() - started > 3.0) == waits
+
+
+def test_a_note_that_cannot_be_read_now_and_then_does_not_stop_the_heart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = hold(tmp_path, heartbeat_s=0.02)
+    note_path = tmp_path / "run.lock.json"
+    read_text, failures = Path.read_text, []
+
+    def fails(path: Path, *values: Any, **options: Any) -> str:
+        if path == note_path and len(failures) < 3:
+            failures.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return read_text(path, *values, **options)
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    deadline = time.monotonic() + 30
+    while len(failures) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.utime(note_path, (0, 0))
+    while note_path.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert note_path.stat().st_mtime > 0
+    taken.release()
+
+
+def test_without_hard_links_half_a_note_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    hold(tmp_path).release()
+    monkeypatch.setattr("builtins.open", partial(full_disk, open))
+    with pytest.raises(StorageError, match="No space left"):
+        hold(tmp_path)
+    assert not (tmp_path / "run.lock.json").exists()
+
+
+def full_disk(opens: Any, path: Any, mode: str = "r", **options: Any) -> Any:
+    """`open`, for a disk on which nothing new can be written under its final name."""
+    file = opens(path, mode, **options)
+    if mode != "x":
+        return file
+    broken = mock.MagicMock(wraps=file)
+    broken.__enter__.return_value.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    broken.__exit__.side_effect = lambda *_: file.close()
+    return broken
 
 
 @pytest.mark.usefixtures("no_flock")
