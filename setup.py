@@ -64,7 +64,7 @@ setup(
     extras_require={
         "mpi": ["mpich"],
         "demo": ["gguf"],
-        "test": ["pytest", "pytest-timeout", "hypothesis"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"],
         "dev": ["ruff", "mypy", "types-PyYAML"],
     },
     entry_points={

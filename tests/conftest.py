@@ -8,7 +8,6 @@ run that is ended from outside does not reach.
 
 import os
 import signal
-from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
@@ -23,12 +22,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 _LONGEST_TOLD = 4_000  # characters
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.failed and os.environ.get("CI") == "true":
-        terminal = item.config.pluginmanager.get_plugin("terminalreporter")
-        terminal.write_line(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-_LONGEST_TOLD:]}")
-    return report
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of workers side by side one takes all tests of a file, which share fixtures, and one all those of the cluster."""
+    for item in items:
+        path = item.path.relative_to(item.config.rootpath)
+        group = path.parent if path.parent.name == "cluster" else path
+        item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and os.environ.get("CI") == "true" and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-_LONGEST_TOLD:]}", flush=True)

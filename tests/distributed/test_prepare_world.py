@@ -43,8 +43,7 @@ class Place:
         paths = [str(self.folder / "a.jsonl"), str(self.folder / "b.jsonl")]
         options = {"cache_dir": str(cache), "model": str(self.folder / "model"), "paths": paths} | options
         words = ["-m", "tests.helpers.prepare_rank", json.dumps(options)]
-        environment = warm.with_one_thread(os.environ)
-        return warm.start(words, environment, server=options.get("rank", 0), separate_stderr=True)
+        return warm.start(words, warm.with_one_thread(os.environ), separate_stderr=True)
 
     def world(self, cache: Path, size: int, **options: Any) -> list[dict[str, Any]]:
         return answers([self.start(cache, rank=rank, size=size, **options) for rank in range(size)])

@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.worlds import run_ranks
 
 pytestmark = pytest.mark.slow
-TIMEOUT_S = 4.0
+TIMEOUT_S = 8.0
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Python processes that begin with torch, transformers and deepspeed imported, which costs each one six seconds else.
 
 `start(arguments, environment)` is `python ARGUMENTS` as a real process of its own: a fork of a server that has imported
-those libraries and nothing of this project. Servers with different hash seeds take turns, so that ranks do not agree
-on the order of a set by accident. What the launchers start is started from nothing, and so is a process whose
-environment differs from the server's in what libraries read as they are imported.
+those libraries and nothing of this project. Servers with different hash seeds take turns, so that neither ranks nor a
+run and the one that resumes it agree on the order of a set by accident. What the launchers start is started from
+nothing, and so is a process whose environment differs from the server's in what libraries read as they are imported,
+and every process where there is a GPU, which does not outlive a fork.
 
 `python -m tests.helpers.warm SOCKET` is a server. To each connection it forks a watcher, and that the process; the
 watcher answers with a line for its id and one for how it ended.
@@ -12,6 +13,7 @@ watcher answers with a line for its id and one for how it ended.
 import atexit
 import gc
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -24,17 +26,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from launcher.processes import die_with_parent
+import numpy as np
+import torch
+
+from launcher.processes import die_with_parent, living_members
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_SERVERS = 2
+NUM_SERVERS = 3
 LIBRARIES = ("torch._dynamo", "transformers.modeling_utils", "deepspeed", "datasets", "torch.utils.tensorboard")
-READ_AT_IMPORT = ("CUDA", "DS_", "HF_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCH", "TRANSFORMERS", "XDG_")
+READ_AT_IMPORT = ("CUDA", "DS_", "HF_", "HOME", "LANG", "LC_", "LD_", "MKL_", "OMP_", "PYTHON", "PYTORCH", "TORCH")
+READ_AT_IMPORT += ("TRANSFORMERS", "XDG_")
 _START_S = 120.0
+_turns = itertools.count()
 
 
 def with_one_thread(environment: Mapping[str, str]) -> dict[str, str]:
@@ -67,7 +75,13 @@ class Process:
             return None
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str | None]:
+        """Waits, as for a pipe, until nothing that this process started is left, too."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         self.wait(timeout)
+        while living_members({self.pid}):
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.01)
         return tuple(None if file is None else Path(file.name).read_text() for file in self._outputs)  # type: ignore[return-value]
 
     def send_signal(self, number: int) -> None:
@@ -81,23 +95,29 @@ class Process:
 Started = Process | subprocess.Popen[str]
 
 
+def next_turn() -> int:
+    """For `server` of `start`: another one than last time."""
+    return next(_turns)
+
+
 def start(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     *,
     cwd: Path = ROOT,
-    server: int = 0,
+    server: int | None = None,
     separate_stderr: bool = False,
 ) -> Started:
     """`python -m MODULE ...` in `environment`, which is the whole of it; stderr goes to stdout, or beside it."""
     args = [sys.executable, *arguments]
-    if arguments[0] != "-m" or _read_at_import(environment) != _read_at_import(with_one_thread(os.environ)):
+    servers = None if torch.cuda.is_available() else _servers()
+    if servers is None or arguments[0] != "-m" or _read_at_import(environment) != servers.environment:
         stderr_to = subprocess.PIPE if separate_stderr else subprocess.STDOUT
         return subprocess.Popen(args, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=stderr_to, text=True)
     stdout = tempfile.NamedTemporaryFile("r", prefix="stdout-")  # noqa: SIM115
     stderr = tempfile.NamedTemporaryFile("r", prefix="stderr-") if separate_stderr else None  # noqa: SIM115
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_servers()[server % NUM_SERVERS])
+    connection.connect(servers.addresses[(next_turn() if server is None else server) % NUM_SERVERS])
     wanted = {
         "argv": list(arguments[1:]),
         "environment": dict(environment),
@@ -112,17 +132,23 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
 
 
+@dataclass(frozen=True)
+class _Servers:
+    addresses: list[str]
+    environment: dict[str, str]  # what of it libraries read as they were imported
+
+
 @cache
-def _servers() -> list[str]:
-    """Addresses of servers that end with this process; all are there, so that no rank waits for another one's."""
+def _servers() -> _Servers:
+    """They end with this process; all are there, so that no rank waits for another one's."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder)
-    tests = os.getpid()
+    tests, environment = os.getpid(), with_one_thread(os.environ)
     sockets = [folder / str(number) for number in range(NUM_SERVERS)]
-    servers = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.warm", str(path)],
-            env=with_one_thread(os.environ) | {"PYTHONHASHSEED": str(number + 1)},
+            env=environment | {"PYTHONHASHSEED": str(number + 1)},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -133,9 +159,9 @@ def _servers() -> list[str]:
     deadline = time.monotonic() + _START_S
     while not all(path.exists() for path in sockets):
         is_late = time.monotonic() > deadline
-        assert not is_late and all(server.poll() is None for server in servers), "no server of warm processes"
+        assert not is_late and all(process.poll() is None for process in processes), "no server of warm processes"
         time.sleep(0.02)
-    return [str(path) for path in sockets]
+    return _Servers([str(path) for path in sockets], _read_at_import(environment))
 
 
 def _serve(path: Path) -> list[str]:
@@ -180,7 +206,9 @@ def _become(wanted: dict[str, Any]) -> list[str]:
         opened = os.open(output, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
+    os.setsid()
     os.chdir(wanted["cwd"])
+    np.random.seed()
     os.environ.clear()
     os.environ.update(wanted["environment"])
     argv: list[str] = wanted["argv"]

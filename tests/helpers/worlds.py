@@ -36,8 +36,8 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 def start_ranks(size: int, arguments: Sequence[str]) -> list[warm.Started]:
     """Start `python ARGUMENTS` once per rank; stderr goes to stdout."""
-    port = free_port()
-    return [warm.start(arguments, rank_environment(rank, size, port), server=rank) for rank in range(size)]
+    port, turn = free_port(), warm.next_turn()
+    return [warm.start(arguments, rank_environment(rank, size, port), server=turn + rank) for rank in range(size)]
 
 
 def run_ranks(size: int, arguments: Sequence[str], *, timeout_s: float = 300) -> list[subprocess.CompletedProcess[str]]:

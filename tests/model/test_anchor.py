@@ -253,7 +253,9 @@ def test_with_every_token_kept_weights_are_those_of_the_frozen_copy(runs: Runs) 
         expected, found = runs.answers[2, copied], runs.answers[2, kept]
         assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6)
         for name, value in expected["state"]["weight"].items():
-            assert torch.allclose(found["state"]["weight"][name], value, rtol=0, atol=1e-6), name
+            # Where a gradient is next to nothing, Adam makes rounding larger: up to a thousandth of a step of 5e-3.
+            difference = (found["state"]["weight"][name] - value).abs()
+            assert difference.mean() < 1e-7 and difference.max() < 1e-5, name
     steps = runs.answers[2, "all kept"]["samples"]
     plain, _ = reference(runs.folder, SETTINGS["divergence"] | {"anchor": {"decay": 10.0}}, steps)
     found = runs.answers[2, "all kept"]["state"]["weight"]
