@@ -72,9 +72,9 @@ lint: setup
 check: lint
 	$(BIN)/python -m pytest -m "not slow" --timeout 60 -q
 
-# Two at a time: most of them wait for processes, or for Slurm, more than they compute.
+# Two files at a time: most tests wait for processes, or for Slurm, more than they compute.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -22,14 +22,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 _LONGEST_TOLD = 4_000  # characters
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of workers side by side one takes all tests of a file, which share fixtures, and one all those of the cluster."""
-    for item in items:
-        path = item.path.relative_to(item.config.rootpath)
-        group = path.parent if path.parent.name == "cluster" else path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed and os.environ.get("CI") == "true" and "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-_LONGEST_TOLD:]}", flush=True)
