@@ -102,7 +102,7 @@ class Demands:
                 softcap = self.softcap if kernel == "varlen" else None
                 return self.sinks or softcap or varlen.unsupported_head(kernel, flash_version, self.head_dims)
             case "sdpa":
-                return self.masks_the_row or self.sinks or self.softcap or own_code
+                return self.sinks or self.softcap or self.masks_the_row or own_code
             case "eager":
                 return self.masks_the_row
             case _:

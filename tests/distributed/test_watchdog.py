@@ -27,9 +27,11 @@ class Ended:
     seconds: float  # from the last step of any rank to the end of the last one
 
 
-def world(folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, *, size: int = 2) -> Ended:
+def world(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, *, size: int = 2, timeout_s: float = TIMEOUT_S
+) -> Ended:
     monkeypatch.setenv("SFT_DIST_FAULTS", fault)
-    done = run_ranks(size, ["-m", "tests.helpers.watched_rank", str(folder), str(TIMEOUT_S)], timeout_s=60)
+    done = run_ranks(size, ["-m", "tests.helpers.watched_rank", str(folder), str(timeout_s)], timeout_s=120)
     last = max((path.stat().st_mtime for path in folder.glob("rank-*")), default=time.time())
     outcome = folder / "outcome.json"
     return Ended(
@@ -100,14 +102,14 @@ def test_a_rank_that_was_killed_is_named_by_the_others(
 
 
 def test_a_slow_rank_is_named_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = world(tmp_path, monkeypatch, "slow:rank=1:sleep=0.2")
+    ended = world(tmp_path, monkeypatch, "slow:rank=1:sleep=0.2", timeout_s=4)  # also of the windows that are compared
     assert ended.codes == [0, 0], ended.said
     slow = [line for line in ended.said[0].splitlines() if line.startswith("slow:")]
     assert slow and all("rank 1 (host" in line for line in slow)
 
 
 def test_ranks_of_one_speed_are_not_called_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = world(tmp_path, monkeypatch, "slow:sleep=0.1")
+    ended = world(tmp_path, monkeypatch, "slow:sleep=0.2", timeout_s=4)
     assert ended.codes == [0, 0] and "slow:" not in ended.said[0], ended.said
 
 

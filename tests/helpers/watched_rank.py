@@ -31,7 +31,7 @@ def main(folder: Path, timeout_s: float) -> int:
     def leave(exit_code: int, reason: str, main: Process | None) -> None:
         write_outcome(folder, exit_code=exit_code, reason=reason, step=None, checkpoint=None)
 
-    with Watchdog(world, store, timeout_s=timeout_s, slow_ratio=1.5, on_leave=leave, window_s=2.0) as watching:
+    with Watchdog(world, store, timeout_s=timeout_s, slow_ratio=1.5, on_leave=leave, window_s=timeout_s) as watching:
         watching.meet("start")
         start(world, on_gpu=False)
         for step in range(1, NUM_STEPS + 1):
