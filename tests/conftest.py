@@ -25,3 +25,11 @@ _LONGEST_TOLD = 4_000  # characters
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed and os.environ.get("CI") == "true" and "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext[-_LONGEST_TOLD:]}", flush=True)
+
+
+def pytest_collection_finish() -> None:
+    """Workers side by side compute with one thread each: threads that spin for a core others have are slower."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
