@@ -124,7 +124,7 @@ def _not_called(model_config: Any) -> frozenset[str]:
 def _head_dims(text_config: Any) -> frozenset[int]:
     heads = getattr(text_config, "num_attention_heads", None)
     if getattr(text_config, "is_heterogeneous", False):  # every layer has a configuration of its own (Gemma 4)
-        return frozenset(int(layer.head_dim) for layer in text_config.per_layer_config)
+        return frozenset().union(*(_head_dims(layer) for layer in text_config.per_layer_config))
     size = getattr(text_config, "head_dim", None) or (text_config.hidden_size // heads if heads else 0)
     if getattr(text_config, "kv_lora_rank", None):  # multi-head latent attention
         size = text_config.qk_nope_head_dim + text_config.qk_rope_head_dim
