@@ -73,7 +73,6 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
     else:
         config, data = ModelConfig(path=model), DataConfig(date=datetime.date.today())
     model_config = loading.load_config(config, max_length=2)
-    config = config.model_copy(update={"attention": attention.for_generation(model_config)})
     causal_lm = loading.load_causal_lm(
         config,
         model_config,
@@ -82,6 +81,7 @@ def _load(model: str, which: str) -> tuple[Any, Renderer, list[int]]:
         max_length=2,
         seed=seed,
         quantisation=adapters.quantisation(adapter, compute_dtype(config)),
+        implementation=attention.for_generation(model_config),
     )
     tokenizer = load_tokenizer(config)
     template = template_text(tokenizer, None) if found is None else found.manifest["template"]

@@ -39,7 +39,7 @@ _HANDS_OVER_WINDOW = {
 }  # fmt: skip
 _HANDS_OVER_SOFTCAP = {"gemma2"}
 # Models that make their mask without positions, by which transformers tells the conversations of a row apart.
-_MASKS_THE_ROW = {"afmoe", "gpt_oss"}
+_MASKS_THE_ROW = {"afmoe", "biogpt", "bloom", "falcon", "gpt_oss", "mpt", "opt", "xglm"}
 # Models that call what is registered, though their layers do not hand down what a row is made of.
 _DROPS_BOUNDS = {"nemotron", "stablelm"}
 
@@ -122,9 +122,9 @@ def _not_called(model_config: Any) -> frozenset[str]:
 
 
 def _head_dims(text_config: Any) -> frozenset[int]:
-    heads = getattr(text_config, "num_attention_heads", None)
     if getattr(text_config, "is_heterogeneous", False):  # every layer has a configuration of its own (Gemma 4)
         return frozenset().union(*(_head_dims(layer) for layer in text_config.per_layer_config))
+    heads = getattr(text_config, "num_attention_heads", None)
     size = getattr(text_config, "head_dim", None) or (text_config.hidden_size // heads if heads else 0)
     if getattr(text_config, "kv_lora_rank", None):  # multi-head latent attention
         size = text_config.qk_nope_head_dim + text_config.qk_rope_head_dim

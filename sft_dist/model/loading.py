@@ -139,20 +139,23 @@ def load_causal_lm(
     max_length: int,
     seed: int | None,
     quantisation: Any = None,
+    implementation: str | None = None,
 ) -> Any:
     """A causal language model with its pre-trained weights, in `dtype`, and rows for the tokens that are `added`.
 
     Sharded by ZeRO-3 when model/engine.py has announced it. Raises ConfigError for parameters that the files do not
     hold, unless their names match model.allow_new_parameters: those start from `seed`, the same for every rank and
     number of ranks. Without a seed they are refused as well: no training and no checkpoint would give them values.
-    `quantisation`: of adapters.quantisation.
+    `quantisation`: of adapters.quantisation. `implementation` of attention, as transformers names it: where rows are
+    not packed; else it is chosen.
     """
     from transformers import AutoModelForCausalLM
 
     attention.register()
-    implementation = attention.choose_attention(
-        config, model.attention, max_length, device_type=device_type(), dtype=dtype
-    ).name
+    if implementation is None:
+        implementation = attention.choose_attention(
+            config, model.attention, max_length, device_type=device_type(), dtype=dtype
+        ).name
     if seed is not None:
         torch.manual_seed(seed % 2**63)  # all that torch takes
     try:

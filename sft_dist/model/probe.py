@@ -27,6 +27,7 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 # The same by one kernel in rows of the same lengths, where a token sees the same, as a mean over tokens: where experts
 # get other numbers of tokens, products round otherwise, and a single token may be given to another expert.
 _ROUNDING_OF_ONE_KERNEL = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+_FEW = 8  # tokens
 
 Probe = tuple[Example, ...]
 
@@ -109,10 +110,11 @@ def _check_isolation(engine: Engine, probe: Probe, packed: Tensor) -> None:
         values[len(values) - size :] for values in (packed, torch.tensor(logprobs(engine, (*changed, last))))
     )
     difference = float((after - before).abs().mean()) if size else 0.0
-    bound = _ROUNDING_OF_ONE_KERNEL[engine.causal_lm.dtype]
+    # Of a few tokens one given to another expert is much of the mean.
+    bound = (_ROUNDING_OF_ONE_KERNEL if size >= _FEW or engine.is_classifier else ROUNDING)[engine.causal_lm.dtype]
     if engine.is_classifier:
         bound *= float(before.abs().max())
-    if not difference <= bound:
+    if difference > bound:  # not of NaN, which the comparison with the unpacked model tells
         raise ConfigError(
             f"model.path: what the model answers to one conversation changes by {difference:.3g} on average with the "
             f"tokens of another one in its pack (at most {bound:.3g} is rounding): its attention mixes them; try "

@@ -146,6 +146,7 @@ class RunLock:
                 try:
                     file.write(text)
                     file.flush()
+                    os.fsync(file.fileno())  # a network file system may tell only now that it has no room
                 except BaseException:
                     note.unlink()  # half a note is nobody's, and others would listen for its holder
                     raise

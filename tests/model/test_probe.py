@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sft_dist import generation
 from sft_dist.data.sample import Sample
 from sft_dist.data.selection import Example
 from sft_dist.errors import ConfigError
 from sft_dist.model import probe
 from sft_dist.model.attention import SPLIT
+from tests.helpers.models import build_tokenizer
 from tests.helpers.plain_engine import PlainEngine
 
 COMMON = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -60,3 +62,14 @@ def test_kernels_that_keep_them_apart_pass(
     options = EXPERTS if model_type in ("gpt_oss", "mixtral") else {}
     checked = engine(tmp_path, model_type, implementation, dtype, **options)
     assert probe.check(checked, samples()) < probe.ROUNDING[dtype]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "afmoe"])
+def test_a_model_that_no_mask_can_pack_generates(tmp_path: Path, model_type: str) -> None:
+    """One sequence at a time there is nothing to keep apart."""
+    options = EXPERTS if model_type == "gpt_oss" else EXPERTS | {"num_experts": 4, "num_dense_layers": 1}
+    tokenizer = build_tokenizer()
+    engine(tmp_path, model_type, SPLIT, torch.float32, vocab_size=len(tokenizer), **options)
+    tokenizer.save_pretrained(tmp_path)
+    model, _, _ = generation._load(str(tmp_path), "latest")
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
